@@ -1,0 +1,50 @@
+"""The one error that headstart raises at its boundaries: what, where, and what to do.
+
+Goes in: words for a person, and optionally a table. Comes out: at most one screen of
+text, or JSON, so that a stage's error survives the process that raised it. Never a
+stack trace: an unexpected exception stays what it is and keeps its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+MAX_TABLE_LINES = 60
+
+
+@dataclass
+class HeadstartError(Exception):
+    """Something the user can mend.
+
+    Args:
+        what: one sentence naming what is wrong.
+        where: file, row, key or address.
+        do: the next step to take.
+        table: lines of a ready-made table, shown between ``where`` and ``do``;
+            at most ``MAX_TABLE_LINES`` are printed.
+    """
+
+    what: str
+    where: str = ""
+    do: str = ""
+    table: Sequence[str] = field(default_factory=tuple)
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        shown = list(self.table[:MAX_TABLE_LINES])
+        lines += [f"  {line}" for line in shown]
+        if len(self.table) > len(shown):
+            lines.append(f"  ... and {len(self.table) - len(shown)} more lines")
+        if self.do:
+            lines.append(f"  do:    {self.do}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[type[HeadstartError], tuple[object, ...]]:
+        return (type(self), (self.what, self.where, self.do, tuple(self.table)))
+
+    def to_dict(self) -> dict[str, object]:
+        """The error as JSON-ready values; ``HeadstartError(**d)`` is the way back."""
+        return asdict(self) | {"table": list(self.table)}

@@ -1,0 +1,105 @@
+"""Where the files of a recipe live: the one place that knows folder names.
+
+Goes in: a project root and a recipe's name. Comes out: paths, and folders that appear
+whole or not at all. Never reads what is inside them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from headstart.errors import HeadstartError
+
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths of one recipe in one project.
+
+    Args:
+        root: the project root, the folder that holds ``dvc.yaml``.
+        recipe: the recipe's name, the stem of its file.
+    """
+
+    root: Path
+    recipe: str
+
+    @property
+    def raw(self) -> Path:
+        """Raw files as ingested; inside ``data/``, which ``data.dvc`` versions."""
+        return self.root / "data" / self.recipe
+
+    @property
+    def manifest(self) -> Path:
+        """Output of ``validate``."""
+        return self.root / "manifest" / self.recipe
+
+    @property
+    def weights(self) -> Path:
+        """Output of ``fetch``."""
+        return self.root / "weights" / self.recipe
+
+    @property
+    def features(self) -> Path:
+        """Output of ``features``."""
+        return self.root / "features" / self.recipe
+
+    @property
+    def model(self) -> Path:
+        """Output of ``train``."""
+        return self.root / "model" / self.recipe
+
+    @property
+    def evidence(self) -> Path:
+        """Output of ``evaluate``."""
+        return self.root / "evidence" / self.recipe
+
+    @property
+    def work(self) -> Path:
+        """Undeclared, git-ignored working files: shards to resume from, tables of failures."""
+        return self.root / ".headstart" / self.recipe
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of ``folder`` that takes its place on success.
+
+    A failure or a kill inside the block leaves ``folder`` as it was.
+
+    Raises:
+        HeadstartError: the disk is full or not writable.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise HeadstartError(
+            f"could not write {folder.name}: {error.strerror}",
+            where=str(error.filename or folder),
+            do="free disk space or mend the permissions, then run the same command again",
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
