@@ -23,12 +23,14 @@ class HeadstartError(Exception):
         do: the next step to take.
         table: lines of a ready-made table, shown between ``where`` and ``do``;
             at most ``MAX_TABLE_LINES`` are printed.
+        transient: the same call may succeed later, as when the network is down.
     """
 
     what: str
     where: str = ""
     do: str = ""
     table: Sequence[str] = field(default_factory=tuple)
+    transient: bool = False
 
     def __str__(self) -> str:
         lines = [self.what]
@@ -43,7 +45,7 @@ class HeadstartError(Exception):
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[type[HeadstartError], tuple[object, ...]]:
-        return (type(self), (self.what, self.where, self.do, tuple(self.table)))
+        return (type(self), (self.what, self.where, self.do, tuple(self.table), self.transient))
 
     def to_dict(self) -> dict[str, object]:
         """The error as JSON-ready values; ``HeadstartError(**d)`` is the way back."""

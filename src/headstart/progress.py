@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+# A stage's own output is piped into a log; its parent names the terminal here, for the bars alone.
+TERMINAL = "HEADSTART_TERMINAL"
 
 
 def bar(
@@ -20,7 +25,7 @@ def bar(
     unit_scale: bool = False,
     initial: float = 0,
 ) -> tqdm[Any]:
-    """A tqdm bar on stderr, quiet under ``--quiet`` (``HEADSTART_QUIET=1``) and off a terminal.
+    """A tqdm bar on the terminal, quiet under ``--quiet`` (``HEADSTART_QUIET=1``) and off a terminal.
 
     Args:
         iterable: what to walk over, or None to call ``update(n)`` by hand.
@@ -31,15 +36,21 @@ def bar(
     """
     from tqdm import tqdm
 
-    quiet = os.environ.get("HEADSTART_QUIET") == "1" or not sys.stderr.isatty()
+    terminal = None
+    if sys.stderr.isatty():
+        terminal = sys.stderr
+    elif name := os.environ.get(TERMINAL):
+        with contextlib.suppress(OSError):
+            terminal = Path(name).open("w", encoding="utf-8")
     return tqdm(
         iterable,
+        file=terminal,
         total=total,
         desc=desc,
         unit=unit,
         unit_scale=unit_scale,
         initial=initial,
-        disable=quiet,
+        disable=terminal is None or os.environ.get("HEADSTART_QUIET") == "1",
         delay=2,
         leave=False,
     )

@@ -1,0 +1,53 @@
+# Two commands matter: `make demo` and `make test`. Both set up everything they need.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test test-fast lint format bench-features reference lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "headstart needs Python 3.11 or newer: make PYTHON=python3.12 ..."'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+setup: $(READY) ## install the locked environment into .venv
+
+demo: $(READY) ## run both example recipes, from raw data to registered models
+	headstart run recipes/solar-cells.yaml recipes/sentiment.yaml
+
+test: $(READY) ## run all tests: fast ones first, then slow ones
+	pytest -m "not slow" -n 2
+	pytest -m slow
+
+test-fast: $(READY) ## run the fast tests only
+	pytest -m "not slow" -n 2
+
+lint: $(READY) ## check style and types
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: $(READY) ## apply the style
+	ruff format .
+	ruff check --fix .
+
+bench-features: $(READY) ## measure feature extraction against the plain way (after make demo)
+	python benchmarks/features.py
+
+reference: $(READY) ## write the JSON schema and the generated reference pages anew
+	python docs/reference/generate.py
+
+lock: $(READY) ## resolve requirements.lock anew
+	uv pip compile pyproject.toml --extra dev --universal --generate-hashes \
+		--no-emit-index-url --no-header --no-annotate --quiet --output-file requirements.lock
+
+clean: ## remove the environment and every cache of the tools
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

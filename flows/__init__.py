@@ -1,0 +1,1 @@
+"""Flows join tasks, nothing else."""

@@ -1,0 +1,140 @@
+"""The command line. Every heavy import stands inside a command, so ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headstart import __version__, environment
+from headstart.errors import HeadstartError
+from headstart.stages import ERROR_FILE
+
+app = typer.Typer(
+    help="A new head on a pretrained start: transfer learning that retrains itself.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as recipes/sentiment.yaml.")]
+
+
+def main() -> None:
+    """Entry point: runs a command; an error that the user can mend is printed, not traced."""
+    try:
+        app()
+    except HeadstartError as error:
+        if not os.environ.get(ERROR_FILE):  # whoever set it prints the error, once
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues where it can", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.callback()
+def _options(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no chatter.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        print(f"headstart {__version__}")
+        raise typer.Exit
+    if quiet:
+        os.environ["HEADSTART_QUIET"] = "1"
+        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    logging.basicConfig(level="WARNING" if quiet else "INFO", format="%(message)s", stream=sys.stdout)
+    for chatty in ("alembic", "dvc", "httpx", "mlflow", "timm"):
+        logging.getLogger(chatty).setLevel("WARNING")
+
+
+@app.command()
+def run(
+    recipes: Annotated[list[Path], typer.Argument(help="One or more recipes, run in turn.")],
+) -> None:
+    """From raw data to a registered model: ingest, every stage that is stale, register.
+
+    What is already up to date is not done again.
+    """
+    from headstart.recipe import load
+
+    for path in recipes:  # a mistake in any recipe is found before the first one runs for an hour
+        load(path)
+    root = environment.project_root(recipes[0].parent)
+    environment.prepare(root)
+    os.chdir(root)
+    from flows.retrain import retrain
+
+    outcomes = [retrain(recipe=path.stem) for path in recipes]
+    for outcome in outcomes:
+        print(outcome)
+
+
+@app.command()
+def ingest(recipe: RecipePath) -> None:
+    """Bring the raw data into data/ and version them: what `dvc repro` needs to start from."""
+    from headstart.layout import Layout
+    from headstart.recipe import load
+
+    chosen = load(recipe)
+    root = environment.project_root(recipe.parent)
+    environment.prepare(root)
+    os.chdir(root)
+    from tasks.ingest import bring
+
+    print(f"data/{chosen.name}: {bring(chosen, Layout(root, chosen.name), logging.getLogger('headstart').info)}")
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(help="validate, fetch, features, train or evaluate.")],
+    recipe: RecipePath,
+) -> None:
+    """Run one stage, whether or not it is stale: what dvc.yaml calls."""
+    from headstart import stages
+    from headstart.layout import Layout
+    from headstart.recipe import load
+
+    root = environment.project_root(recipe.parent)
+    environment.prepare(root)
+    stages.run(name, load(recipe), Layout(root, recipe.stem))
+
+
+@app.command()
+def evaluate_protocol(
+    recipe: RecipePath,
+    folds: Annotated[int, typer.Option(min=2, help="Folds of the cross-validation.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, each with folds of its own.")] = 1,
+    random_folds: Annotated[
+        bool, typer.Option("--random-folds", help="Ignore groups: leaks; only to compare with papers.")
+    ] = False,
+) -> None:
+    """Cross-validate a recipe on all its rows: mean and interval over group-safe folds."""
+    from headstart import protocols
+    from headstart.layout import Layout
+    from headstart.recipe import load
+
+    root = environment.project_root(recipe.parent)
+    layout = Layout(root, recipe.stem)
+    rows = protocols.cross_validate(load(recipe), layout, folds, seeds, random_folds)
+    print(protocols.format_table(rows))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors and other programs."""
+    from headstart.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+if __name__ == "__main__":
+    main()

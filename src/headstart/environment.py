@@ -1,0 +1,54 @@
+"""The process's surroundings: the project root, quiet and offline settings, default stores.
+
+Goes in: nothing but the working directory and the environment. Comes out: environment
+variables that are not set yet, so that anything a user sets wins. Imports nothing heavy,
+because it must run before prefect, mlflow and dvc are imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from headstart.errors import HeadstartError
+
+# No telemetry, no update checks. MLflow ignores DO_NOT_TRACK, so each tool is told in its own words.
+QUIET = {
+    "DO_NOT_TRACK": "true",
+    "DVC_NO_ANALYTICS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "TOKENIZERS_PARALLELISM": "true",
+}
+
+
+def project_root(start: Path | None = None) -> Path:
+    """The nearest folder at or above ``start`` (by default the working directory) with a dvc.yaml.
+
+    Raises:
+        HeadstartError: there is none.
+    """
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "dvc.yaml").is_file():
+            return folder
+    raise HeadstartError(
+        "this is not a headstart project",
+        where=str(start),
+        do="change into the folder that holds dvc.yaml",
+    )
+
+
+def prepare(root: Path) -> None:
+    """Set what is unset: quiet tools, and the embedded MLflow store in the project root.
+
+    The project root goes first on the import path, so that its flows, its tasks and a recipe's
+    own adapters are found.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))

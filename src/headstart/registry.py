@@ -1,0 +1,241 @@
+"""The MLflow registry: a trained model and its evidence become a version that anyone can load.
+
+Goes in: the outputs of ``train`` and ``evaluate``. Comes out: a pickle-free pyfunc under the alias
+``candidate``. Never decides which model is champion.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from headstart import stamps
+from headstart.errors import HeadstartError
+from headstart.layout import Layout, sha256_of
+from headstart.recipe import Recipe
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CANDIDATE = "candidate"
+# What the served model imports, besides the library of its backbone.
+REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "torch", "tqdm")
+BACKBONE_REQUIREMENTS = {
+    "timm": ("timm", "torchvision"),
+    "torchvision": ("torchvision",),
+    "transformers": ("transformers", "tokenizers"),
+}
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version in the registry, and whether this call made it."""
+
+    name: str
+    version: str
+    uri: str
+    new: bool
+
+    def __str__(self) -> str:
+        verb = "registered as" if self.new else "already registered as"
+        return f"{verb} {self.name} version {self.version} ({CANDIDATE}) in {self.uri}"
+
+
+def register(recipe: Recipe, layout: Layout) -> Registered:
+    """Log the run and register its model under ``candidate``; the same model twice is one version.
+
+    Raises:
+        HeadstartError: the model's stamps do not match the tree, or the store cannot be reached.
+    """
+    model = json.loads((layout.model / "model.json").read_text(encoding="utf-8"))
+    if changed := stamps.differences(model["stamps"], recipe, layout):
+        raise HeadstartError(
+            "the model was not made from what is in the tree now",
+            where=str(layout.model),
+            table=changed,
+            do=f"run `dvc repro evaluate@{layout.recipe}`, then register",
+        )
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    digest = _digest(layout)
+    try:
+        client = _open_store(layout)
+        if existing := _find(client, recipe.model_name, digest):
+            client.set_registered_model_alias(recipe.model_name, CANDIDATE, existing)
+            return Registered(recipe.model_name, existing, mlflow.get_tracking_uri(), new=False)
+        logged = _log_run(recipe, layout, model, digest)
+        client.set_registered_model_alias(recipe.model_name, CANDIDATE, logged)
+        return Registered(recipe.model_name, logged, mlflow.get_tracking_uri(), new=True)
+    except MlflowException as error:
+        raise HeadstartError(
+            "the MLflow store refused",
+            where=mlflow.get_tracking_uri(),
+            table=str(error).splitlines()[:10],
+            do="check MLFLOW_TRACKING_URI and that its server is up; nothing else needs to run again",
+            transient=True,
+        ) from error
+
+
+def _open_store(layout: Layout) -> MlflowClient:
+    """A client on the configured store, its database made once, under a lock.
+
+    Of several processes that open a fresh SQLite database at once, all but one fail.
+    """
+    import mlflow
+    from filelock import FileLock
+
+    layout.work.mkdir(parents=True, exist_ok=True)
+    with FileLock(layout.root / ".headstart" / "mlflow.lock"):
+        client = mlflow.MlflowClient()
+        if client.get_experiment_by_name(layout.recipe) is None:
+            embedded = mlflow.get_tracking_uri().startswith("sqlite:")
+            place = (layout.root / "mlartifacts").as_uri() if embedded else None
+            client.create_experiment(layout.recipe, artifact_location=place)
+    return client
+
+
+def _digest(layout: Layout) -> str:
+    """Hex sha256 over every file of the model and its evidence: what makes two versions the same."""
+    whole = hashlib.sha256()
+    files = [*layout.model.rglob("*"), *layout.evidence.rglob("*")]
+    for file in sorted(file for file in files if file.is_file()):
+        whole.update(f"{file.relative_to(layout.root).as_posix()}\0{sha256_of(file)}\n".encode())
+    return whole.hexdigest()
+
+
+def _find(client: MlflowClient, name: str, digest: str) -> str | None:
+    """The newest version that carries ``digest``, if it is complete."""
+    quoted = name.replace("'", "\\'")
+    versions = client.search_model_versions(f"name = '{quoted}'")
+    matching = [int(v.version) for v in versions if v.tags.get("headstart.digest") == digest]
+    return str(max(matching)) if matching else None
+
+
+def _log_run(recipe: Recipe, layout: Layout, model: dict[str, Any], digest: str) -> str:
+    import mlflow
+
+    mlflow.set_experiment(layout.recipe)
+    metrics = json.loads((layout.evidence / "metrics.json").read_text(encoding="utf-8"))
+    with mlflow.start_run(run_name=f"{recipe.train.method} {digest[:8]}") as run:
+        mlflow.log_params(_flat(recipe.model_dump(mode="json", by_alias=True)))
+        mlflow.log_metrics({name: value for name, value in _flat(metrics).items() if value is not None})
+        mlflow.set_tags(_lineage(layout, model) | {"headstart.digest": digest})
+        _log_data(layout, recipe)
+        mlflow.log_artifacts(str(layout.evidence), "evidence")
+        mlflow.log_artifact(str(layout.root / "recipes" / f"{layout.recipe}.yaml"))
+        info = _log_model(recipe, layout)
+        # The tag comes with the version: a version without it was cut short, and is never found again.
+        registered = mlflow.register_model(
+            info.model_uri,
+            recipe.model_name,
+            tags={"headstart.digest": digest, "headstart.run_id": run.info.run_id},
+        )
+    return str(registered.version)
+
+
+def _log_model(recipe: Recipe, layout: Layout) -> Any:
+    """The pyfunc: code as files, weights as safetensors, nothing pickled."""
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+
+    if recipe.modality == "text":
+        inputs = Schema([ColSpec(DataType.string, "text")])
+        example: dict[str, Any] = {"text": ["what a start"]}
+    else:
+        inputs = Schema(
+            [
+                ColSpec(DataType.binary, "image", required=False),
+                ColSpec(DataType.string, "path", required=False),
+            ]
+        )
+        example = {"image": [_example_image()]}
+    classes = json.loads((layout.model / "model.json").read_text(encoding="utf-8"))["classes"]
+    outputs = Schema(
+        [ColSpec(DataType.string, "label"), *(ColSpec(DataType.double, f"p:{name}") for name in classes)]
+    )
+    library = recipe.fetch.backbone.split(":")[0]
+    names = (*REQUIREMENTS, *BACKBONE_REQUIREMENTS[library])
+    package = Path(__file__).parent
+    with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
+        choices = Path(folder) / "features.json"
+        choices.write_text(recipe.features.model_dump_json(), encoding="utf-8")
+        import pandas as pd
+
+        return mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(package / "pyfunc.py"),
+            code_paths=[str(package)],
+            artifacts={
+                "backbone": layout.weights.as_posix(),
+                "head": (layout.model / "head.safetensors").as_posix(),
+                "model": (layout.model / "model.json").as_posix(),
+                "features": choices.as_posix(),
+            },
+            signature=ModelSignature(inputs=inputs, outputs=outputs),
+            input_example=pd.DataFrame(example),
+            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in sorted(names)],
+        )
+
+
+def _example_image() -> bytes:
+    import io
+
+    from PIL import Image
+
+    sink = io.BytesIO()
+    Image.new("RGB", (64, 64), (128, 128, 128)).save(sink, format="PNG")
+    return sink.getvalue()
+
+
+def _log_data(layout: Layout, recipe: Recipe) -> None:
+    """Link the run to the exact data: the manifest's digest, and where the bytes come from."""
+    import mlflow
+    from mlflow.data.code_dataset_source import CodeDatasetSource
+    from mlflow.data.meta_dataset import MetaDataset
+
+    digest = sha256_of(layout.manifest / "manifest.parquet")
+    source = CodeDatasetSource({"headstart.source": recipe.ingest.source})
+    mlflow.log_input(MetaDataset(source, name=layout.recipe, digest=digest[:36]), context="training")
+
+
+def _lineage(layout: Layout, model: dict[str, Any]) -> dict[str, str]:
+    """Where the model comes from, as tags: git commit, DVC's digest of the data, stamps, versions."""
+    stamped = {key: value for key, value in model["stamps"].items() if isinstance(value, str)}
+    tags = {f"headstart.{key}": value for key, value in stamped.items()}
+    tags["headstart.git_commit"] = _git(layout.root, "rev-parse", "HEAD")
+    tags["headstart.git_dirty"] = str(bool(_git(layout.root, "status", "--porcelain"))).lower()
+    pointer = layout.root / "data.dvc"
+    if pointer.exists():
+        tags["headstart.dvc_data"] = yaml.safe_load(pointer.read_text(encoding="utf-8"))["outs"][0]["md5"]
+    return tags
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=root, capture_output=True, text=True, check=False, env=os.environ
+    )
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``, with names that MLflow accepts."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix + re.sub(r"[^\w\-. /]", "_", str(key))
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat

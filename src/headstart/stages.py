@@ -1,0 +1,48 @@
+"""The stages by name: what ``headstart stage NAME RECIPE`` runs.
+
+The order in which they run is not here: ``dvc.yaml`` alone knows it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from headstart.errors import HeadstartError
+from headstart.layout import Layout
+from headstart.recipe import Recipe
+
+Stage = Callable[[Recipe, Layout], None]
+
+STAGES = {
+    "validate": "headstart.validation:validate",
+    "fetch": "headstart.backbones:fetch",
+    "features": "headstart.features:features",
+    "train": "headstart.training:train",
+    "evaluate": "headstart.evaluation:evaluate",
+}
+
+# Who runs a stage in a process of its own names a file here, and finds the stage's error in it.
+ERROR_FILE = "HEADSTART_ERROR_FILE"
+
+
+def run(stage: str, recipe: Recipe, layout: Layout) -> None:
+    """Run one stage in this process.
+
+    Raises:
+        HeadstartError: no such stage, or whatever the stage itself raises; written as JSON to
+            the file that ``HEADSTART_ERROR_FILE`` names as well, if it is set.
+    """
+    try:
+        if stage not in STAGES:
+            raise HeadstartError(f"there is no stage {stage!r}", do=f"stages: {', '.join(STAGES)}")
+        module, function = STAGES[stage].split(":")
+        cast(Stage, getattr(importlib.import_module(module), function))(recipe, layout)
+    except HeadstartError as error:
+        if path := os.environ.get(ERROR_FILE):
+            Path(path).write_text(json.dumps(error.to_dict()), encoding="utf-8")
+        raise

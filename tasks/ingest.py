@@ -1,0 +1,151 @@
+"""Ingest: bring the source's bytes into ``data/<recipe>/`` and version them in ``data.dvc``.
+
+Idempotent: a snapshot that came from the same bytes is left alone, and versioning unchanged
+data is a no-op. Before a snapshot changes, the splits of the rows that are already there are
+written down beside the data, so that newcomers never move them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from headstart import archives, sources
+from headstart.errors import HeadstartError
+from headstart.layout import Layout, sha256_of, written_whole
+from headstart.recipe import Recipe
+from tasks import versioning
+from tasks.stage import is_transient
+
+# What this snapshot was made from: hidden, so that adapters pass over it, and versioned with the data.
+ORIGIN = ".source.json"
+EARLIER_SPLITS = ".splits.parquet"
+
+
+@task(
+    name="ingest",
+    task_run_name="ingest",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=2,
+    retry_delay_seconds=[5, 30],
+    retry_condition_fn=is_transient,
+)
+def ingest(recipe: Recipe, layout: Layout) -> str:
+    """Make ``data/<recipe>`` what the recipe's source says; returns "fresh", "restored" or "ran"."""
+    return bring(recipe, layout, get_run_logger().info)
+
+
+def bring(recipe: Recipe, layout: Layout, log: Callable[[str], None]) -> str:
+    """The task's body, for callers without Prefect.
+
+    Raises:
+        HeadstartError: the source cannot be had, or the snapshot would change while the splits of
+            its earlier rows are not at hand.
+    """
+    list_recipe(layout)
+    outcome = "fresh"
+    if not layout.raw.exists() and versioning.restore_data(layout.root, recipe.name, log):
+        outcome = "restored"
+    origin = _origin(recipe, layout)
+    if not layout.raw.exists() or _recorded(layout) != origin:
+        uri, member = sources.split_fragment(recipe.ingest.source)
+        path = sources.fetch(uri, recipe.ingest.sha256)
+        earlier = _earlier_splits(layout)
+        with written_whole(layout.raw) as folder:
+            archives.place(path, member, folder)
+            if earlier is not None:
+                (folder / EARLIER_SPLITS).write_bytes(earlier)
+            (folder / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+        outcome = "ran"
+    versioning.version_data(layout.root, recipe.name, log)
+    return outcome
+
+
+def list_recipe(layout: Layout) -> None:
+    """Add the recipe to the list in params.yaml that ``dvc.yaml`` is spread over, if it is not there."""
+    from ruamel.yaml import YAML  # keeps the file's comments
+
+    path = layout.root / "params.yaml"
+    yaml = YAML()
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    params = yaml.load(path.read_text(encoding="utf-8")) or {}
+    if layout.recipe not in params.setdefault("recipes", []):
+        params["recipes"].append(layout.recipe)
+        partial = path.with_name(".params.yaml.partial")
+        with partial.open("w", encoding="utf-8") as file:
+            yaml.dump(params, file)
+        os.replace(partial, path)
+
+
+def _origin(recipe: Recipe, layout: Layout) -> dict[str, str | None]:
+    """What the source is, as comparable facts: its URI, and the digest of bytes that may change."""
+    uri, _ = sources.split_fragment(recipe.ingest.source)
+    origin = {"source": recipe.ingest.source, "sha256": recipe.ingest.sha256}
+    if uri.startswith("file:"):
+        origin["content"] = _digest(sources.fetch(uri, recipe.ingest.sha256), layout)
+    return origin
+
+
+def _recorded(layout: Layout) -> object:
+    path = layout.raw / ORIGIN
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _digest(path: Path, layout: Layout) -> str:
+    """Sha256 over names and contents; files are read again only when size or time of change differ."""
+    state_file = layout.work / "source-state.json"
+    state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.exists() else {}
+    fresh: dict[str, list[object]] = {}
+    whole = hashlib.sha256()
+    for file in _files(path):
+        status = file.stat()
+        seen = [status.st_size, status.st_mtime_ns]
+        known = state.get(str(file))
+        digest = known[2] if known and known[:2] == seen else sha256_of(file)
+        fresh[str(file)] = [*seen, digest]
+        name = file.relative_to(path).as_posix() if file != path else file.name
+        whole.update(f"{name}\0{digest}\n".encode())
+    state_file.parent.mkdir(parents=True, exist_ok=True)
+    state_file.write_text(json.dumps(fresh), encoding="utf-8")
+    return whole.hexdigest()
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+        return
+    yield from sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def _earlier_splits(layout: Layout) -> bytes | None:
+    """The present manifest's ``id`` and ``split`` as Parquet, or None before the first snapshot.
+
+    Raises:
+        HeadstartError: a snapshot was validated once, but its manifest is not here.
+    """
+    if not layout.raw.exists():
+        return None
+    import pyarrow.parquet as pq
+
+    manifest = layout.manifest / "manifest.parquet"
+    if manifest.exists():
+        import pyarrow as pa
+
+        sink = pa.BufferOutputStream()
+        pq.write_table(pq.read_table(manifest, columns=["id", "split"]), sink)
+        return bytes(sink.getvalue())
+    lock = layout.root / "dvc.lock"
+    if lock.exists() and f"validate@{layout.recipe}:" in lock.read_text(encoding="utf-8"):
+        raise HeadstartError(
+            "the data would change, but the splits of the earlier rows are not here",
+            where=str(manifest),
+            do=f"run `dvc pull validate@{layout.recipe}` or `dvc checkout validate@{layout.recipe}` first",
+        )
+    return None

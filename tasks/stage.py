@@ -1,0 +1,40 @@
+"""What every stage's task has in common: it runs the stage through DVC."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import State
+from prefect.tasks import Task
+
+from headstart.errors import HeadstartError
+from headstart.layout import Layout
+from tasks import versioning
+
+StageTask = Task[[Layout], versioning.Outcome]
+
+
+def stage_task(stage: str, **options: Any) -> StageTask:
+    """A task that runs ``stage``: its log streamed into Prefect, its own error carried out.
+
+    Prefect's cache stays off: its keys know a task's arguments, never its output files. DVC knows.
+    """
+
+    def run(layout: Layout) -> versioning.Outcome:
+        return versioning.reproduce(layout.root, stage, layout.recipe, get_run_logger().info)
+
+    run.__name__ = stage
+    decorate: Callable[[Callable[[Layout], versioning.Outcome]], StageTask] = task(
+        name=stage, task_run_name=stage, cache_policy=NO_CACHE, persist_result=False, **options
+    )
+    return decorate(run)
+
+
+async def is_transient(task: object, run: TaskRun, state: State[Any]) -> bool:
+    """Whether a retry makes sense: the network may come back, a wrong key stays wrong."""
+    error = await state.aresult(raise_on_failure=False)
+    return isinstance(error, HeadstartError) and error.transient

@@ -1,0 +1,162 @@
+"""DVC, as the tasks see it: the stage graph, what is fresh, how to reproduce and to version.
+
+The graph is only ever read from ``dvc.yaml``. Questions are answered in process, because a
+``dvc`` command takes a quarter of a second to start; changes go through the command, because
+that is what a user runs, and the files must come out the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from headstart.errors import HeadstartError
+from headstart.progress import TERMINAL
+from headstart.stages import ERROR_FILE
+
+Outcome = Literal["ran", "restored"]
+BUSY_TRIES = 60
+
+
+def order(root: Path, recipe: str) -> list[str]:
+    """Names of the recipe's stages in the order in which they depend on each other.
+
+    Raises:
+        HeadstartError: params.yaml does not list the recipe.
+    """
+    import networkx as nx
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        graph = repo.index.graph  # edges lead from a stage to what it depends on
+        sequence = [stage.addressing for stage in nx.topological_sort(graph.reverse(copy=False))]
+    mine = [address.split("@")[0] for address in sequence if address.endswith(f"@{recipe}")]
+    if not mine:
+        raise HeadstartError(
+            f"dvc.yaml builds no recipe {recipe!r}",
+            where="params.yaml, recipes",
+            do=f"add `- {recipe}` to the list",
+        )
+    return mine
+
+
+def is_fresh(root: Path, target: str) -> bool:
+    """Whether a stage (``train@sentiment``) or a ``.dvc`` file has nothing to do."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        return not repo.status(targets=[target])
+
+
+def reproduce(root: Path, stage: str, recipe: str, log: Callable[[str], None]) -> Outcome:
+    """Run one stage as ``dvc repro --single-item``, its output passed on to ``log`` line by line.
+
+    Progress bars go straight to the terminal. Returns whether the stage ran or its result was
+    restored from DVC's cache.
+
+    Raises:
+        HeadstartError: the stage's own error; if it died without one, DVC's last words.
+    """
+    with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
+        error_file = Path(folder) / "error.json"
+        environment = os.environ | {ERROR_FILE: str(error_file)}
+        lines = _dvc(root, ["repro", "--single-item", f"{stage}@{recipe}"], log, environment, error_file)
+    restored = any("is cached - skipping run" in line for line in lines)
+    return "restored" if restored else "ran"
+
+
+def version_data(root: Path, recipe: str, log: Callable[[str], None]) -> None:
+    """Version ``data/<recipe>`` in the top-level ``data.dvc``; a no-op if nothing changed.
+
+    Other recipes' data that this machine does not have stay listed, as long as DVC knows their
+    names (from its cache, or from a remote).
+    """
+    pointer = root / "data.dvc"
+    if pointer.exists() and is_fresh(root, "data.dvc"):
+        return
+    target = f"data/{recipe}" if _others_are_elsewhere(root, recipe) else "data"
+    _dvc(root, ["add", "--quiet", target], log, dict(os.environ))
+
+
+def restore_data(root: Path, recipe: str, log: Callable[[str], None]) -> bool:
+    """Bring back ``data/<recipe>`` as ``data.dvc`` names it, from the cache or the remote, if possible."""
+    if not (root / "data.dvc").exists() or not _listed(root, recipe):
+        return False
+    commands = [["checkout", "--quiet", f"data/{recipe}"], ["pull", "--quiet", f"data/{recipe}"]]
+    for command in commands:
+        try:
+            _dvc(root, command, log, dict(os.environ))
+        except HeadstartError:
+            continue
+        if (root / "data" / recipe).is_dir():
+            return True
+    return False
+
+
+def _tree(root: Path) -> list[tuple[str, ...]] | None:
+    """Keys of all files under ``data.dvc``, or None where DVC does not have the list at hand."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        stages = repo.stage.load_file(str(root / "data.dvc"))
+        tree = stages[0].outs[0].get_obj()
+        return None if tree is None else [key for key, _, _ in tree]
+
+
+def _listed(root: Path, recipe: str) -> bool:
+    keys = _tree(root)
+    return keys is None or any(key[0] == recipe for key in keys)
+
+
+def _others_are_elsewhere(root: Path, recipe: str) -> bool:
+    if not (root / "data.dvc").exists():
+        return False
+    others = {key[0] for key in _tree(root) or []} - {recipe}
+    return any(not (root / "data" / other).exists() for other in others)
+
+
+def _dvc(
+    root: Path,
+    arguments: list[str],
+    log: Callable[[str], None],
+    environment: dict[str, str],
+    error_file: Path | None = None,
+) -> list[str]:
+    """Run ``dvc`` with this interpreter's environment first on the path; return its output's lines.
+
+    A path that another run is using makes DVC fail at once ("is busy"), so that is tried again
+    for a minute; ``--wait-for-lock`` covers the repository's own lock.
+    """
+    if sys.stderr.isatty():
+        environment[TERMINAL] = os.ttyname(sys.stderr.fileno())
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
+    for attempt in range(BUSY_TRIES):
+        lines = []
+        with subprocess.Popen(
+            command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.append(line.rstrip())
+                log(lines[-1])
+        if process.returncode == 0:
+            return lines
+        if error_file and error_file.exists():
+            raise HeadstartError(**json.loads(error_file.read_text(encoding="utf-8")))
+        if not any("is busy" in line for line in lines) or attempt == BUSY_TRIES - 1:
+            break
+        time.sleep(1)
+    raise HeadstartError(
+        f"`dvc {' '.join(arguments)}` failed with exit code {process.returncode}",
+        where=str(root),
+        table=lines[-20:],
+        do="the lines above are its own last words",
+    )
