@@ -1,0 +1,105 @@
+"""A project of its own for each test: the tracked files in a temporary folder, and nothing outside it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Set on purpose: two workers with two threads each would fight over two cores.
+THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def isolated(folder: Path) -> dict[str, str]:
+    """The environment of a process that writes nothing outside ``folder``."""
+    foreign = ("MLFLOW_", "PREFECT_", "DVC_", "HEADSTART_", "HF_", "PIP_INDEX", "XDG_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    return kept | {
+        "HOME": str(folder / "home"),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "60",
+        "HEADSTART_CACHE": str(folder / "cache"),
+        "DVC_SITE_CACHE_DIR": str(folder / "dvc-site"),
+        "DVC_GLOBAL_CONFIG_DIR": str(folder / "dvc-global"),
+        "DVC_SYSTEM_CONFIG_DIR": str(folder / "dvc-system"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "GIT_CONFIG_GLOBAL": str(folder / "gitconfig"),
+        "GIT_AUTHOR_NAME": "A User",
+        "GIT_AUTHOR_EMAIL": "user@example.com",
+        "GIT_COMMITTER_NAME": "A User",
+        "GIT_COMMITTER_EMAIL": "user@example.com",
+        **THREADS,
+    }
+
+
+@dataclass
+class Project:
+    """A clone of this project, and the environment its commands run in."""
+
+    root: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __call__(
+        self, *command: str, extra: Mapping[str, str] | None = None, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command in the project; stdout and stderr are captured apart."""
+        return subprocess.run(
+            command,
+            cwd=self.root,
+            env=self.environment | dict(extra or {}),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def ok(self, *command: str, extra: Mapping[str, str] | None = None) -> str:
+        """Run a command that must succeed; return what it printed."""
+        done = self(*command, extra=extra)
+        assert done.returncode == 0, f"{command} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def copy(self, folder: Path) -> Project:
+        """The same project elsewhere, with everything it has done so far."""
+        shutil.copytree(self.root, folder, symlinks=True)
+        return Project(folder, self.environment)
+
+
+def clone(folder: Path, environment: dict[str, str]) -> Project:
+    """The tracked files as they are in the working tree, in a fresh git repository, listing no recipe."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file() and name not in {"data.dvc", "dvc.lock"}:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / "params.yaml").write_text("recipes: []\n")
+    project = Project(folder, environment)
+    project.ok("git", "init", "--quiet")
+    project.ok("git", "add", "--all")
+    project.ok("git", "commit", "--quiet", "--message", "start")
+    return project
+
+
+@pytest.fixture(scope="session")
+def session_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """One Prefect database and one cache for all projects of this worker."""
+    yield isolated(tmp_path_factory.mktemp("environment"))
+
+
+@pytest.fixture
+def project(tmp_path: Path, session_environment: dict[str, str]) -> Project:
+    """A fresh clone without data."""
+    return clone(tmp_path / "project", session_environment)

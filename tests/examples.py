@@ -1,0 +1,114 @@
+"""Small data and small pretrained backbones, made on the spot: real formats, seconds of work."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+GOOD = ["splendid", "a delight", "warm and clever", "truly lovely", "bright", "a joy to watch"]
+BAD = ["dreadful", "a bore", "cold and dull", "truly awful", "bleak", "a pain to watch"]
+THINGS = ["film", "phone", "novel", "lamp", "song", "coat", "plan", "soup", "train", "garden"]
+
+
+def write_texts(path: Path, rows: int = 240, seed: int = 0, start: int = 0) -> None:
+    """A CSV of ``body``, ``mood`` and ``shop`` with a plain signal; row i depends on i and seed only."""
+    lines = ["body,mood,shop"]
+    for i in range(start, start + rows):
+        chance = random.Random(f"{seed}-{i}")
+        mood = ("happy", "unhappy")[i % 2]
+        words = chance.choice(GOOD if mood == "happy" else BAD)
+        tail = " ".join(chance.sample(THINGS, 4))
+        lines.append(f"the {chance.choice(THINGS)} number {i} was {words} next to {tail},{mood},{'ab'[i // 2 % 2]}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_images(folder: Path, per_class: int = 30, side: int = 48, seed: int = 0) -> None:
+    """Class folders ``dark`` and ``light`` of noisy PNGs."""
+    import numpy as np
+    from PIL import Image
+
+    for level, name in ((70, "dark"), (180, "light")):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(per_class):
+            noise = np.random.default_rng([seed, level, i]).normal(level, 40, (side, side, 3))
+            Image.fromarray(noise.clip(0, 255).astype("uint8")).save(folder / name / f"{i:03}.png")
+
+
+def write_bert(folder: Path) -> None:
+    """A BERT of 2 layers and 32 dimensions with random weights, in the layout of a model repository."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = " ".join([*GOOD, *BAD, *THINGS, "the number was next to"]).split()
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(words)), *"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+
+
+def write_efficientnet(path: Path) -> None:
+    """Random weights of timm's smallest EfficientNet as safetensors."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(timm.create_model("test_efficientnet", pretrained=False).state_dict(), path)
+
+
+def write_recipe(path: Path, **blocks: object) -> None:
+    """A recipe from its blocks (JSON is YAML)."""
+    defaults: dict[str, object] = {"features": {}, "train": {}, "evaluate": {}}
+    path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in (defaults | blocks).items()) + "\n")
+
+
+def write_text_project(root: Path, name: str = "moods", rows: int = 240) -> None:
+    """Data, backbone and recipe of a small text classification."""
+    write_texts(root / "inbox" / f"{name}.csv", rows)
+    write_bert(root / "inbox" / "bert")
+    write_recipe(
+        root / "recipes" / f"{name}.yaml",
+        ingest={"source": f"file:inbox/{name}.csv"},
+        validate={"adapter": "table", "columns": {"text": "body", "label": "mood", "domain": "shop"}},
+        fetch={"backbone": "transformers:bert", "source": "file:inbox/bert"},
+    )
+
+
+def write_image_project(root: Path, name: str = "photos", per_class: int = 30) -> None:
+    """Data, backbone and recipe of a small image classification."""
+    write_images(root / "inbox" / name, per_class)
+    write_efficientnet(root / "inbox" / "efficientnet.safetensors")
+    write_recipe(
+        root / "recipes" / f"{name}.yaml",
+        ingest={"source": f"file:inbox/{name}"},
+        validate={"adapter": "image_folder"},
+        fetch={"backbone": "timm:test_efficientnet", "source": "file:inbox/efficientnet.safetensors"},
+        features={"image_size": 64},
+    )

@@ -1,0 +1,95 @@
+"""What the documents say is true: commands exist, recipes in them load, generated pages are current."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from headstart import cli
+from headstart.recipe import load
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
+BLOCKS = [
+    pytest.param(language, body, id=f"{page.relative_to(ROOT)}:{text[: match.start()].count(chr(10)) + 1}")
+    for page, text in TEXT.items()
+    for match in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    for language, body in [match.groups()]
+]
+
+
+def of_language(*languages: str) -> list[object]:
+    return [block for block in BLOCKS if block.values[0] in languages]
+
+
+@pytest.mark.parametrize(("language", "body"), of_language("yaml"))
+def test_every_recipe_in_the_docs_loads_and_is_short(language: str, body: str, tmp_path: Path) -> None:
+    if "adapter:" not in body:
+        pytest.skip("not a recipe")
+    path = tmp_path / "shown.yaml"
+    path.write_text(body, encoding="utf-8")
+    load(path)
+    assert len(body.strip().splitlines()) <= 15
+
+
+@pytest.mark.parametrize(("language", "body"), of_language("sh"))
+def test_every_command_in_the_docs_exists(language: str, body: str) -> None:
+    commands = {name for name in typer.main.get_command(cli.app).commands}  # type: ignore[attr-defined]
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for line in body.splitlines():
+        if match := re.match(r"(?:\w+=\S+ )*headstart ([a-z-]+)", line):
+            assert match[1] in commands, line
+        for target in re.findall(r"^make ([a-z-]+)", line):
+            assert target in targets, line
+        for recipe in re.findall(r"recipes/(solar-cells|sentiment|hymenoptera|bert)\.yaml", line):
+            assert (ROOT / "recipes" / f"{recipe}.yaml").exists()
+
+
+@pytest.mark.parametrize(("language", "body"), of_language("python"))
+def test_every_python_block_in_the_docs_compiles(language: str, body: str) -> None:
+    compile(body, "docs", "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", TEXT[page]):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["recipes/recipe.schema.json", "docs/reference/recipe.md", "docs/reference/cli.md"])
+def test_the_generated_pages_are_current(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate.py", str(tmp_path)])
+    runpy.run_path(str(ROOT / "docs/reference/generate.py"), run_name="__main__")
+    assert (tmp_path / name).read_text(encoding="utf-8") == (ROOT / name).read_text(encoding="utf-8"), (
+        "run `make reference`"
+    )
+
+
+def test_every_environment_variable_in_the_code_is_documented() -> None:
+    page = TEXT[ROOT / "docs/reference/environment.md"]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    for name in sorted(set(re.findall(r"\"(HEADSTART_[A-Z_]+)\"", code))):
+        assert f"`{name}`" in page, name
+
+
+def test_every_folder_and_file_of_a_run_is_documented() -> None:
+    page = TEXT[ROOT / "docs/reference/files.md"]
+    graph = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    for folder, file in re.findall(r"^ +- (\w+)/\$\{item.recipe\}(?:/([\w./]+))?", graph, re.MULTILINE):
+        assert f"`{folder}/R/`" in page
+        assert not file or f"`{file}`" in page
+
+
+def test_no_index_address_stands_in_the_lock() -> None:
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    assert "://" not in lock
+    assert all("--hash=sha256:" in entry for entry in re.split(r"\n(?=\S)", lock.strip()))

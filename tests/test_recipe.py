@@ -1,0 +1,99 @@
+"""A recipe says only what is meant: a typo never passes, and every fault is named at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from headstart.errors import HeadstartError
+from headstart.recipe import json_schema, load
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+GOOD = (ROOT / "recipes/sentiment.yaml").read_text(encoding="utf-8")
+
+
+def mistakes(tmp_path: Path, text: str, name: str = "mine.yaml") -> str:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(HeadstartError) as caught:
+        load(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads_and_opens_with_the_command_that_runs_it(path: Path) -> None:
+    assert load(path).name == path.stem
+    assert path.read_text(encoding="utf-8").startswith(f"# headstart run recipes/{path.name}\n")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_fits_the_published_schema(path: Path) -> None:
+    published = json.loads((ROOT / "recipes/recipe.schema.json").read_text(encoding="utf-8"))
+    jsonschema.validate(yaml.safe_load(path.read_text(encoding="utf-8")), published)
+
+
+def test_the_schema_refuses_what_the_loader_refuses() -> None:
+    wrong = yaml.safe_load(GOOD) | {"trian": {}}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, json_schema())
+
+
+def test_an_unknown_key_names_the_nearest_valid_one(tmp_path: Path) -> None:
+    text = mistakes(tmp_path, GOOD.replace("adapter:", "adaptor:"))
+    assert "validate.adaptor: no such key. did you mean 'adapter'?" in text
+
+
+def test_an_unknown_key_deep_inside_names_the_nearest_valid_one(tmp_path: Path) -> None:
+    text = mistakes(tmp_path, GOOD.replace("adapter: vader", "adapter: vader\n  columns: {txt: body}"))
+    assert "validate.columns.txt: no such key. did you mean 'text'?" in text
+
+
+def test_a_missing_block_says_what_to_write(tmp_path: Path) -> None:
+    assert "write `evaluate: {}`" in mistakes(tmp_path, GOOD.replace("evaluate: {}", ""))
+
+
+def test_all_faults_are_shown_together(tmp_path: Path) -> None:
+    text = mistakes(tmp_path, GOOD.replace("evaluate: {}", "evaluate: {confidence: 2}").replace("source:", "sauce:"))
+    assert "evaluate.confidence" in text
+    assert "ingest.sauce" in text
+
+
+def test_splits_that_do_not_sum_to_one_are_refused(tmp_path: Path) -> None:
+    text = GOOD.replace("adapter: vader", "adapter: vader\n  splits: {train: 0.9, val: 0.2, test: 0.2}")
+    assert "sum to 1.3, not 1" in mistakes(tmp_path, text)
+
+
+def test_a_malformed_hash_is_refused(tmp_path: Path) -> None:
+    assert "ingest.sha256" in mistakes(tmp_path, GOOD.replace("sha256: 5d7c", "sha256: XYZ"))
+
+
+def test_text_that_is_not_yaml_is_refused_with_its_line(tmp_path: Path) -> None:
+    assert "line 2" in mistakes(tmp_path, "ingest:\n  source: [")
+
+
+def test_an_empty_recipe_is_refused(tmp_path: Path) -> None:
+    assert "empty" in mistakes(tmp_path, "# nothing\n")
+
+
+def test_a_name_that_mlflow_or_dvc_would_choke_on_is_refused(tmp_path: Path) -> None:
+    assert "cannot be a recipe's name" in mistakes(tmp_path, GOOD, name="My Recipe.yaml")
+
+
+def test_a_missing_recipe_names_the_nearest_one() -> None:
+    with pytest.raises(HeadstartError, match="did you mean 'sentiment'"):
+        load(ROOT / "recipes/sentimnt.yaml")
+
+
+def test_the_digest_sees_every_choice_and_no_comment(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(GOOD, encoding="utf-8")
+    digest = load(path).digest()
+    path.write_text("# a remark\n" + GOOD.replace("features: {}", "features:\n  max_tokens: 128"), encoding="utf-8")
+    assert load(path).digest() == digest  # the default, spelled out
+    path.write_text(GOOD.replace("train:", "train:\n  seed: 1"), encoding="utf-8")
+    assert load(path).digest() != digest

@@ -1,0 +1,197 @@
+"""The line as a whole: raw data in, registered model out, through Prefect or through DVC alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests import examples
+from tests.conftest import Project, clone
+
+pytestmark = pytest.mark.slow
+
+DERIVED = ("manifest", "weights", "features", "model", "evidence")
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every derived file and DVC's record of them."""
+    files = [file for folder in DERIVED for file in (root / folder).rglob("*") if file.is_file()]
+    files += [root / "dvc.lock", root / "data.dvc", root / "params.yaml"]
+    return {file.relative_to(root).as_posix(): file.read_bytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory, session_environment: dict[str, str]) -> tuple[Project, str]:
+    """A text project after its first run, and what the run printed."""
+    project = clone(tmp_path_factory.mktemp("texts") / "project", session_environment)
+    examples.write_text_project(project.root)
+    return project, project.ok("headstart", "run", "recipes/moods.yaml")
+
+
+@pytest.fixture
+def finished(texts: tuple[Project, str], tmp_path: Path) -> Project:
+    """A copy of the finished text project, free to be changed."""
+    return texts[0].copy(tmp_path / "project")
+
+
+def test_a_run_ends_with_one_line_that_says_what_happened_how_good_and_where(
+    texts: tuple[Project, str],
+) -> None:
+    project, printed = texts
+    last = printed.strip().splitlines()[-1]
+    assert last.startswith("moods: ingest ran, ")
+    assert "test accuracy" in last
+    assert "registered as moods version 1 (candidate)" in last
+    assert last.endswith(str(project.root / "evidence/moods/summary.md"))
+
+
+def test_images_go_the_same_way_as_texts(project: Project) -> None:
+    examples.write_image_project(project.root)
+    printed = project.ok("headstart", "run", "recipes/photos.yaml")
+    assert "registered as photos version 1" in printed
+    metrics = json.loads((project.root / "evidence/photos/metrics.json").read_text())
+    assert metrics["test"]["accuracy"]["value"] > metrics["test"]["majority"]
+
+
+def test_repro_alone_gives_the_bytes_that_the_flow_gives(texts: tuple[Project, str], tmp_path: Path) -> None:
+    flow = texts[0]
+    alone = clone(tmp_path / "project", flow.environment)
+    shutil.copytree(flow.root / "inbox", alone.root / "inbox")
+    shutil.copy(flow.root / "recipes/moods.yaml", alone.root / "recipes/moods.yaml")
+    alone.ok("headstart", "ingest", "recipes/moods.yaml")
+    alone.ok("dvc", "repro")
+    assert contents(alone.root) == contents(flow.root)
+
+
+def test_after_the_flow_repro_has_nothing_to_do(finished: Project) -> None:
+    before = contents(finished.root)
+    assert "Data and pipelines are up to date." in finished.ok("dvc", "repro")
+    assert contents(finished.root) == before
+
+
+def test_a_second_run_does_no_work_and_registers_nothing(finished: Project) -> None:
+    before = contents(finished.root)
+    printed = finished.ok("headstart", "run", "recipes/moods.yaml")
+    assert "moods: nothing changed, nothing done" in printed
+    assert "already registered as moods version 1" in printed
+    assert contents(finished.root) == before
+
+
+def test_a_changed_training_parameter_reruns_only_train_and_what_follows_and_going_back_restores(
+    finished: Project,
+) -> None:
+    recipe = finished.root / "recipes/moods.yaml"
+    before, original = contents(finished.root), recipe.read_text()
+    recipe.write_text(original.replace("train: {}", 'train: {"l2": [0.5]}'))
+    printed = finished.ok("headstart", "run", "recipes/moods.yaml")
+    assert "moods: train ran, evaluate ran, register ran;" in printed
+    recipe.write_text(original)
+    printed = finished.ok("headstart", "run", "recipes/moods.yaml")
+    assert "moods: train restored, evaluate restored;" in printed
+    assert contents(finished.root) == before
+
+
+def test_one_recipes_change_leaves_the_other_recipe_alone(finished: Project) -> None:
+    other = finished.root / "recipes/feelings.yaml"
+    other.write_text((finished.root / "recipes/moods.yaml").read_text())
+    printed = finished.ok("headstart", "run", "recipes/feelings.yaml", "recipes/moods.yaml")
+    assert "registered as feelings version 1" in printed
+    assert "moods: nothing changed, nothing done" in printed
+
+
+def test_the_registered_model_predicts_what_training_predicted_and_holds_no_pickle(finished: Project) -> None:
+    manifest = pd.read_parquet(finished.root / "manifest/moods/manifest.parquet")
+    expected = pd.read_parquet(finished.root / "model/moods/predictions.parquet")
+    rows = expected.merge(manifest[["id", "text"]], on="id")
+    rows[["text"]].to_parquet(finished.root / "rows.parquet")
+    finished.ok(
+        "python",
+        "-c",
+        "import mlflow, pandas as pd\n"
+        "model = mlflow.pyfunc.load_model('models:/moods@candidate')\n"
+        "model.predict(pd.read_parquet('rows.parquet')).to_parquet('answers.parquet')",
+        extra={
+            "MLFLOW_TRACKING_URI": f"sqlite:///{finished.root}/mlflow.db",
+            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        },
+    )
+    answers = pd.read_parquet(finished.root / "answers.parquet")
+    columns = ["p:happy", "p:unhappy"]
+    assert (answers[columns] - rows[columns]).abs().to_numpy().max() < 2e-2  # bfloat16 has 8 bits
+    sure = (rows["p:happy"] - 0.5).abs() > 2e-2
+    assert (answers["p:happy"] > 0.5)[sure].equals((rows["p:happy"] > 0.5)[sure])
+    artifacts = [file.suffix for file in (finished.root / "mlartifacts").rglob("*")]
+    assert not {".pkl", ".pickle", ".pth", ".pt"} & set(artifacts)
+
+
+def test_the_run_in_mlflow_says_where_the_model_comes_from(finished: Project) -> None:
+    printed = finished.ok(
+        "python",
+        "-c",
+        "import json, mlflow\n"
+        "client = mlflow.MlflowClient()\n"
+        "version = client.get_model_version_by_alias('moods', 'candidate')\n"
+        "run = client.get_run(version.run_id)\n"
+        "print(json.dumps({'tags': run.data.tags, 'metrics': run.data.metrics, 'params': run.data.params,"
+        " 'inputs': [i.dataset.digest for i in run.inputs.dataset_inputs],"
+        " 'files': [f.path for f in client.list_artifacts(run.info.run_id, 'evidence')]}))",
+        extra={"MLFLOW_TRACKING_URI": f"sqlite:///{finished.root}/mlflow.db"},
+    )
+    run = json.loads(printed.splitlines()[-1])
+    assert run["params"]["fetch.backbone"] == "transformers:bert"
+    assert 0 <= run["metrics"]["test.accuracy.value"] <= 1
+    assert len(run["tags"]["headstart.git_commit"]) == 40
+    assert run["tags"]["headstart.dvc_data"].endswith(".dir")
+    assert run["inputs"]
+    assert "evidence/metrics.json" in run["files"]
+
+
+def test_a_model_that_the_tree_no_longer_explains_is_not_registered(finished: Project) -> None:
+    recipe = finished.root / "recipes/moods.yaml"
+    recipe.write_text(recipe.read_text().replace("train: {}", 'train: {"seed": 7}'))
+    done = finished(
+        "python",
+        "-c",
+        "from pathlib import Path\n"
+        "from headstart import environment, recipe, registry\n"
+        "from headstart.layout import Layout\n"
+        "environment.prepare(Path.cwd())\n"
+        "registry.register(recipe.load('recipes/moods.yaml'), Layout(Path.cwd(), 'moods'))",
+    )
+    assert done.returncode != 0
+    assert "the model was not made from what is in the tree now" in done.stderr
+
+
+def test_new_rows_join_without_moving_old_ones(finished: Project) -> None:
+    old = pd.read_parquet(finished.root / "manifest/moods/manifest.parquet").set_index("id")["split"]
+    examples.write_texts(finished.root / "inbox/moods.csv", rows=400)
+    printed = finished.ok("headstart", "run", "recipes/moods.yaml")
+    assert "ingest ran" in printed
+    new = pd.read_parquet(finished.root / "manifest/moods/manifest.parquet").set_index("id")["split"]
+    assert len(new) > len(old)
+    assert new.loc[old.index].equals(old)
+
+
+def test_a_bad_file_stops_the_run_with_the_stages_own_words(project: Project) -> None:
+    examples.write_image_project(project.root)
+    broken = project.root / "inbox/photos/dark/000.png"
+    broken.write_bytes(broken.read_bytes()[:600])
+    done = project("headstart", "run", "recipes/photos.yaml")
+    assert done.returncode == 1
+    message = done.stderr[done.stderr.index("error: ") :]
+    assert "dark/000.png" in message
+    assert "Traceback" not in message
+    assert len(message.splitlines()) < 40
+    assert not (project.root / "manifest/photos").exists()
+    assert not (project.root / "dvc.lock").exists()
+
+
+def test_once_fetched_a_run_needs_no_network(finished: Project) -> None:
+    recipe = finished.root / "recipes/moods.yaml"
+    recipe.write_text(recipe.read_text().replace("train: {}", 'train: {"seed": 3}'))
+    printed = finished.ok("headstart", "run", "recipes/moods.yaml", extra={"HEADSTART_OFFLINE": "1"})
+    assert "train ran" in printed
