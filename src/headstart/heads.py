@@ -1,0 +1,245 @@
+"""Heads: multinomial logistic regression on the features of a frozen backbone.
+
+Goes in: features, soft targets, row weights. Comes out: a ``Head``, a few small arrays that turn
+features into probabilities. Never reads a manifest or knows what a class is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.metrics import Floats, cross_entropy
+
+Singles = NDArray[np.float32]
+Features = NDArray[np.floating[Any]]
+
+BLOCK_BYTES = 16 << 20  # of float32; large enough for fast products, small enough for any machine
+KEEP_BYTES = 1 << 30  # standardised features are kept in memory up to this size, else made anew each pass
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear classifier: logits = ((x - mean) / scale) @ weight.T + bias; all arrays float32."""
+
+    weight: Singles  # [k, d]
+    bias: Singles  # [k]
+    mean: Singles  # [d]
+    scale: Singles  # [d], positive
+
+    def logits(self, x: Features) -> Floats:
+        """float64[n, k] of features [n, d], computed in float32 block by block."""
+        if x.ndim != 2 or x.shape[1] != len(self.mean):
+            raise ValueError(f"features of shape {x.shape} do not fit a head of {len(self.mean)} dimensions")
+        result = np.empty((len(x), len(self.bias)))
+        for rows in _blocks(x.shape):
+            result[rows] = _standardised(x[rows], self.mean, self.scale) @ self.weight.T + self.bias
+        return result
+
+    def probabilities(self, x: Features) -> Floats:
+        """float64[n, k] of features [n, d]; each row sums to 1."""
+        return np.exp(_log_softmax(self.logits(x)))
+
+    def save(self, path: Path) -> None:
+        """Write the four arrays as safetensors."""
+        from safetensors.numpy import save_file
+
+        save_file({name: np.ascontiguousarray(array) for name, array in vars(self).items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Head:
+        """Read what ``save`` wrote."""
+        from safetensors.numpy import load_file
+
+        return cls(**load_file(path))
+
+
+def fit(features: Features, targets: Floats, weights: Floats, l2: float, start: Head | None = None) -> Head:
+    """The head that minimises weighted cross-entropy plus ``l2 / 2`` times the squared weights.
+
+    The weights are scaled to sum to 1, so the loss is a mean and ``l2`` means the same for any number of
+    rows (scikit-learn's ``C`` is 1 / (l2 n)). The bias is free. The problem is convex: there is one
+    answer, whatever the start. Features are standardised with the weighted mean and deviation, so
+    that a row of weight 2 is exactly two rows; a dimension that never varies is only centred.
+
+    Args:
+        features: [n, d], any float type; a float16 memory map is read in blocks and never copied whole
+            unless it fits ``KEEP_BYTES`` as float32.
+        targets: float64[n, k], each row a distribution over the classes.
+        weights: float64[n], at least 0 with a positive sum.
+        l2: penalty, positive.
+        start: a head of another ``l2`` on the same features, to start from.
+
+    Raises:
+        ValueError: shapes that do not fit, weights or a penalty out of range, features not finite.
+    """
+    return next(_path(features, targets, weights, [l2], start))
+
+
+def select(
+    train: tuple[Features, Floats, Floats],
+    val: tuple[Features, Floats, Floats],
+    l2: Iterable[float],
+) -> tuple[Head, float, list[dict[str, float]]]:
+    """The head whose penalty gives the lowest validation log-loss, of all penalties in ``l2``.
+
+    Penalties are tried from strong to weak, each starting where the one before it ended (the path of
+    Friedman, Hastie & Tibshirani 2010); of equals the strongest wins.
+
+    Args:
+        train: features [n, d], targets float64[n, k] and weights float64[n] to fit on.
+        val: the same of the rows that choose.
+        l2: penalties, all positive, in any order.
+
+    Returns:
+        The head, its penalty, and one line per penalty from strong to weak: ``l2``, ``train_log_loss``
+        and ``val_log_loss`` (weighted, without the penalty).
+    """
+    penalties = sorted(set(l2), reverse=True)
+    table: list[dict[str, float]] = []
+    best: Head | None = None
+    lowest = np.inf
+    for penalty, head in zip(penalties, _path(*train, penalties), strict=True):
+        losses = [cross_entropy(t, head.probabilities(x), w) for x, t, w in (train, val)]
+        table.append({"l2": penalty, "train_log_loss": losses[0], "val_log_loss": losses[1]})
+        if losses[1] < lowest:
+            best, lowest, chosen = head, losses[1], penalty
+    if best is None:
+        raise ValueError("no penalty to try gave a finite validation log-loss")
+    return best, chosen, table
+
+
+def _path(
+    features: Features,
+    targets: Floats,
+    weights: Floats,
+    penalties: Sequence[float],
+    start: Head | None = None,
+) -> Iterator[Head]:
+    """One head per penalty, each started from the one before."""
+    from scipy.optimize import minimize
+
+    _check(features, targets, weights, penalties)
+    k, d = targets.shape[1], features.shape[1]
+    shares = weights / weights.sum()
+    mean, scale = _moments(features, shares)
+    blocks = _Standardised(features, mean, scale)
+    spread, axes = _curvature(blocks, shares, d)
+
+    def loss(flat: Floats, penalty: float, stretch: Floats) -> tuple[float, Floats]:
+        """The objective and its gradient; ``flat`` is weight @ axes / stretch [k, d], then bias [k]."""
+        weight, bias = (flat[: k * d].reshape(k, d) * stretch) @ axes.T, flat[k * d :]
+        single = weight.T.astype(np.float32)
+        value = penalty / 2 * float(np.square(weight).sum())
+        slope, slope_bias = penalty * weight, np.zeros(k)
+        for rows, x in blocks:
+            logs = _log_softmax((x @ single).astype(np.float64) + bias)
+            value -= float(shares[rows] @ (targets[rows] * logs).sum(axis=1))
+            error = (np.exp(logs) - targets[rows]) * shares[rows, None]
+            slope += error.astype(np.float32).T @ x
+            slope_bias += error.sum(axis=0)
+        return value, np.concatenate([((slope @ axes) * stretch).ravel(), slope_bias])
+
+    weight, bias = np.zeros((k, d)), np.zeros(k)
+    if start is not None:
+        weight, bias = start.weight.astype(np.float64), start.bias.astype(np.float64)
+    for penalty in penalties:
+        stretch = 1 / np.sqrt(spread / 4 + penalty)
+        flat = minimize(
+            loss,
+            np.concatenate([((weight @ axes) / stretch).ravel(), bias]),
+            args=(penalty, stretch),
+            jac=True,
+            method="L-BFGS-B",
+            # Beyond 8 digits the loss is float32 noise, in which a line search only loses its way.
+            options={"maxiter": 1000, "maxcor": 20, "gtol": 1e-6, "ftol": 1e-8},
+        ).x
+        weight, bias = (flat[: k * d].reshape(k, d) * stretch) @ axes.T, flat[k * d :]
+        yield Head(weight.astype(np.float32), bias.astype(np.float32), mean, scale)
+
+
+class _Standardised:
+    """The features as standardised float32 blocks, to walk over again and again."""
+
+    def __init__(self, features: Features, mean: Singles, scale: Singles) -> None:
+        self.features, self.mean, self.scale = features, mean, scale
+        small = features.size * 4 <= KEEP_BYTES
+        self.kept = list(self._made()) if small else None
+
+    def __iter__(self) -> Iterator[tuple[slice, Singles]]:
+        return iter(self.kept) if self.kept is not None else self._made()
+
+    def _made(self) -> Iterator[tuple[slice, Singles]]:
+        for rows in _blocks(self.features.shape):
+            yield rows, _standardised(self.features[rows], self.mean, self.scale)
+
+
+def _curvature(blocks: _Standardised, shares: Floats, d: int) -> tuple[Floats, Floats]:
+    """How far the features spread along their principal axes: variances [d] and axes [d, d].
+
+    The loss curves at most ``spread / 2`` along an axis (Boehning 1992), so steps measured in these units
+    are of one size in every direction, and L-BFGS needs a few passes over the rows instead of a hundred.
+    Costs d^3 once; where rows are few a pass is cheaper than that, and the axes stay as they are.
+    """
+    if len(shares) < d:
+        return np.ones(d), np.eye(d)
+    covariance = np.zeros((d, d))
+    for rows, x in blocks:
+        covariance += (x * shares[rows, None].astype(np.float32)).T @ x
+    spread, axes = np.linalg.eigh(covariance)
+    return np.maximum(spread, 0), axes
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices over the rows of an [n, d] array, each ``BLOCK_BYTES`` of float32."""
+    size = max(1, BLOCK_BYTES // (4 * shape[1]))
+    return (slice(first, min(first + size, shape[0])) for first in range(0, shape[0], size))
+
+
+def _standardised(x: Features, mean: Singles, scale: Singles) -> Singles:
+    result = x.astype(np.float32)
+    result -= mean
+    result /= scale
+    return result
+
+
+def _moments(features: Features, shares: Floats) -> tuple[Singles, Singles]:
+    """Weighted mean and standard deviation of each dimension, [d]; a deviation of 0 becomes 1.
+
+    Two passes, because the difference of squares loses everything where the mean is large.
+    """
+    mean, variance = np.zeros(features.shape[1]), np.zeros(features.shape[1])
+    for rows in _blocks(features.shape):
+        mean += shares[rows] @ features[rows].astype(np.float64)
+    for rows in _blocks(features.shape):
+        variance += shares[rows] @ np.square(features[rows] - mean)
+    deviation = np.sqrt(variance)
+    # Rounding leaves a constant dimension a deviation of about 1e-16 of its mean; that is noise, not signal.
+    dead = deviation <= 1e-6 * np.abs(mean)
+    return mean.astype(np.float32), np.where(dead, 1, deviation).astype(np.float32)
+
+
+def _log_softmax(logits: Floats) -> Floats:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    result: Floats = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
+
+
+def _check(features: Features, targets: Floats, weights: Floats, penalties: Sequence[float]) -> None:
+    """Raise ValueError if anything does not fit."""
+    n = len(features)
+    if n == 0 or features.ndim != 2 or targets.ndim != 2 or len(targets) != n or weights.shape != (n,):
+        raise ValueError(
+            f"features {features.shape}, targets {targets.shape}, weights {weights.shape} do not fit"
+        )
+    if not (weights >= 0).all() or not weights.sum() > 0:
+        raise ValueError("weights must be at least 0 and have a positive sum")
+    if not all(penalty > 0 for penalty in penalties):
+        raise ValueError(f"penalties must be positive, not {list(penalties)}")
+    if not all(np.isfinite(features[rows]).all() for rows in _blocks(features.shape)):
+        raise ValueError("features that are not finite numbers")

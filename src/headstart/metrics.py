@@ -1,0 +1,229 @@
+"""How good predictions are, and how sure one can be: scores and intervals of a classifier.
+
+Goes in: true classes as integers, predicted probabilities, and the group of each row. Comes out: plain
+floats by metric. Never reads or writes a file, and never knows which model it judges.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.progress import bar
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "log_loss", "ece")
+BINS = 15
+# scikit-learn's bound: a probability of 0 costs 36 nats rather than infinity.
+TINY = float(np.finfo(np.float64).eps)
+
+
+def scores(truth: Ints, probabilities: Floats, weights: Floats | None = None) -> dict[str, float]:
+    """Every metric of ``METRICS`` on weighted rows; a weight of 2 counts as the row given twice.
+
+    - ``accuracy``
+    - ``balanced_accuracy``: mean recall over the classes that have rows.
+    - ``macro_f1``: mean F1 over the classes that are true or predicted somewhere.
+    - ``auroc``: of two classes, the second against the first; of more, the mean of each class
+      against the rest, over the classes for which it is defined. Ties count half (Mann & Whitney 1947).
+    - ``log_loss``: mean negative log-likelihood in nats.
+    - ``ece``: expected calibration error of the top probability in 15 equally wide bins
+      (Naeini et al. 2015; Guo et al. 2017).
+
+    Args:
+        truth: int[n], positions of the true classes.
+        probabilities: float64[n, k], rows that sum to 1.
+        weights: float64[n], at least 0 with a positive sum; by default 1 each.
+
+    Returns:
+        A float by name. ``auroc`` is NaN where all rows are of one class.
+
+    Raises:
+        ValueError: shapes that do not fit, no rows, or a class beyond the probabilities' columns.
+    """
+    prepared = _Prepared.of(truth, probabilities)
+    ones = np.ones(len(truth))
+    return dict(zip(METRICS, prepared.scores(ones if weights is None else weights), strict=True))
+
+
+def intervals(
+    truth: Ints,
+    probabilities: Floats,
+    groups: NDArray[Any],
+    *,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, dict[str, float | None]]:
+    """Every metric with a bootstrap interval that resamples whole groups, not rows.
+
+    Rows of one group resemble each other, so they count as one draw (the cluster bootstrap: Davison &
+    Hinkley 1997, section 3.8; Field & Welsh 2007). Percentile intervals of few draws are too narrow;
+    their percentiles are moved outwards as Student's t is wider than the normal (the expanded
+    percentile interval, Hesterberg 2015, arXiv:1411.5279, section 5.3).
+
+    A resample that lacks a class scores the classes that it has; where AUROC is undefined in a resample,
+    that resample says nothing about AUROC.
+
+    The calibration error is an absolute value, so noise only ever raises it, in the sample above the
+    truth as much as in a resample above the sample. Its interval is therefore reflected about the value
+    (the basic bootstrap, Davison & Hinkley 1997, section 5.2), and cut at 0.
+
+    Cost: about 0.1 ms a resample of 1,000 rows; memory: a few arrays of n.
+
+    Args:
+        truth: int[n], positions of the true classes.
+        probabilities: float64[n, k].
+        groups: [n], any values; equal values are one group.
+        resamples: number of bootstrap resamples.
+        confidence: coverage wanted, such as 0.95.
+        seed: the same seed gives the same intervals.
+
+    Returns:
+        ``{metric: {"value", "low", "high"}}``. What cannot be known is None: AUROC of a single class, and
+        both bounds if there is only one group.
+
+    Raises:
+        ValueError: as for ``scores``.
+    """
+    prepared = _Prepared.of(truth, probabilities)
+    values = prepared.scores(np.ones(len(truth)))
+    names, group_of = np.unique(groups, return_inverse=True)
+    bounds = np.full((2, len(METRICS)), np.nan)
+    if len(names) > 1:
+        chance = np.random.default_rng(seed)
+        drawn = np.empty((resamples, len(METRICS)))
+        for resample in bar(range(resamples), desc="resampling groups", unit=" resamples"):
+            times = np.bincount(chance.integers(len(names), size=len(names)), minlength=len(names))
+            drawn[resample] = prepared.scores(times[group_of].astype(np.float64))
+        for metric, column in enumerate(drawn.T):
+            if (known := column[np.isfinite(column)]).size and np.isfinite(values[metric]):
+                bounds[:, metric] = np.quantile(known, _levels(confidence, len(names)))
+        ece = METRICS.index("ece")
+        bounds[:, ece] = np.maximum(2 * values[ece] - bounds[::-1, ece], 0)
+    return {
+        metric: {"value": _known(value), "low": _known(low), "high": _known(high)}
+        for metric, value, low, high in zip(METRICS, values, *bounds, strict=True)
+    }
+
+
+def cross_entropy(targets: Floats, probabilities: Floats, weights: Floats) -> float:
+    """Weighted mean cross-entropy in nats against soft targets.
+
+    Args:
+        targets: float64[n, k], rows that sum to 1.
+        probabilities: float64[n, k].
+        weights: float64[n], with a positive sum.
+    """
+    each = -(targets * np.log(np.clip(probabilities, TINY, 1))).sum(axis=1)
+    return float(weights @ each / weights.sum())
+
+
+def calibration_bins(confidence: Floats) -> Ints:
+    """The bin, 0 to ``BINS`` - 1, of each probability; a bin includes its upper edge."""
+    return np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    """One class against the rest, sorted once so that each weighting costs one cumulative sum."""
+
+    positives: Ints  # rows of the class, [p]
+    negatives: Ints  # the other rows, by rising score, [n - p]
+    below: Ints  # negatives that score less than each positive, [p]
+    not_above: Ints  # negatives that score at most as much, [p]
+
+    @classmethod
+    def of(cls, positive: NDArray[np.bool_], score: Floats) -> _Ranking:
+        positives, negatives = np.flatnonzero(positive), np.flatnonzero(~positive)
+        negatives = negatives[np.argsort(score[negatives], kind="stable")]
+        # Positives in order as well: their look-ups below then walk through memory instead of jumping.
+        positives = positives[np.argsort(score[positives], kind="stable")]
+        sides = (np.searchsorted(score[negatives], score[positives], side) for side in ("left", "right"))
+        return cls(positives, negatives, *sides)
+
+    def auroc(self, weights: Floats) -> float:
+        """Chance that a random positive scores above a random negative, ties half; NaN without both."""
+        reached = np.concatenate([[0.0], np.cumsum(weights[self.negatives])])
+        own = weights[self.positives]
+        pairs = own.sum() * reached[-1]
+        won = own @ (reached[self.below] + reached[self.not_above]) / 2
+        return float(won / pairs) if pairs > 0 else np.nan
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What does not depend on the weights, computed once for a thousand weightings."""
+
+    classes: int
+    truth: Ints
+    predicted: Ints
+    hits: Floats  # 1 where the top class is the true one
+    surprise: Floats  # negative log of the true class's probability
+    bins: Ints  # calibration bin of the top probability
+    excess: Floats  # top probability minus hit
+    rankings: list[_Ranking]
+
+    @classmethod
+    def of(cls, truth: Ints, probabilities: Floats) -> _Prepared:
+        n, classes = probabilities.shape if probabilities.ndim == 2 else (0, 0)
+        if n == 0 or truth.shape != (n,):
+            raise ValueError(f"{probabilities.shape} probabilities do not fit {truth.shape} true classes")
+        if truth.min() < 0 or truth.max() >= classes:
+            raise ValueError(f"true classes {truth.min()}..{truth.max()} beyond {classes} columns")
+        if not np.isfinite(probabilities).all():
+            raise ValueError("probabilities that are not finite numbers")
+        predicted = probabilities.argmax(axis=1)
+        top = probabilities[np.arange(n), predicted]
+        hits = (predicted == truth).astype(np.float64)
+        surprise = -np.log(np.clip(probabilities[np.arange(n), truth], TINY, 1))
+        ranked = [1] if classes == 2 else range(classes)
+        return cls(
+            classes=classes,
+            truth=truth,
+            predicted=predicted,
+            hits=hits,
+            surprise=surprise,
+            bins=calibration_bins(top),
+            excess=top - hits,
+            rankings=[_Ranking.of(truth == c, probabilities[:, c]) for c in ranked],
+        )
+
+    def scores(self, weights: Floats) -> list[float]:
+        """The metrics in the order of ``METRICS``."""
+        total = weights.sum()
+        hit = weights * self.hits
+        # Per class: rows of it, rows called it, and rows rightly called it, float64[k] each.
+        actual = np.bincount(self.truth, weights, self.classes)
+        called = np.bincount(self.predicted, weights, self.classes)
+        right = np.bincount(self.truth, hit, self.classes)
+        seen, named = actual > 0, actual + called > 0
+        aurocs = [area for ranking in self.rankings if not np.isnan(area := ranking.auroc(weights))]
+        values = (
+            hit.sum() / total,
+            (right[seen] / actual[seen]).mean(),
+            (2 * right[named] / (actual + called)[named]).mean(),
+            np.mean(aurocs) if aurocs else np.nan,
+            weights @ self.surprise / total,
+            np.abs(np.bincount(self.bins, weights * self.excess)).sum() / total,
+        )
+        return [float(value) for value in values]
+
+
+def _levels(confidence: float, groups: int) -> list[float]:
+    """The two percentiles, as fractions, that give ``confidence`` with this many groups."""
+    from scipy.special import ndtr, stdtrit
+
+    tail = (1 - confidence) / 2
+    low = float(ndtr(sqrt(groups / (groups - 1)) * stdtrit(groups - 1, tail)))
+    return [low, 1 - low]
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

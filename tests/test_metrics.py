@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from headstart.metrics import METRICS, cross_entropy, intervals, scores
+
+
+def predictions(n: int, k: int, seed: int = 0, skill: float = 1.0) -> tuple[Any, Any]:
+    chance = np.random.default_rng(seed)
+    truth = chance.integers(0, k, n)
+    logits = chance.normal(size=(n, k)) + skill * np.eye(k)[truth]
+    odds = np.exp(logits).round(1) + 0.1  # rounded, so that there are ties
+    return truth, odds / odds.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("k", [2, 3, 7])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_every_metric_is_what_scikit_learn_says(k: int, weighted: bool) -> None:
+    from sklearn import metrics as known
+
+    truth, p = predictions(400, k)
+    weights = np.random.default_rng(1).integers(0, 4, 400).astype(float) if weighted else None
+    predicted = p.argmax(axis=1)
+    aurocs = [known.roc_auc_score(truth == c, p[:, c], sample_weight=weights) for c in range(k)]
+    expected = {
+        "accuracy": known.accuracy_score(truth, predicted, sample_weight=weights),
+        "balanced_accuracy": known.balanced_accuracy_score(truth, predicted, sample_weight=weights),
+        "macro_f1": known.f1_score(truth, predicted, average="macro", sample_weight=weights),
+        "auroc": aurocs[1] if k == 2 else np.mean(aurocs),
+        "log_loss": known.log_loss(truth, p, sample_weight=weights),
+    }
+    found = scores(truth, p, weights)
+    assert set(found) == set(METRICS)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_a_weight_is_a_number_of_copies(k: int) -> None:
+    truth, p = predictions(200, k)
+    times = np.random.default_rng(1).integers(0, 4, 200)
+    copied = scores(np.repeat(truth, times), np.repeat(p, times, axis=0))
+    assert scores(truth, p, times.astype(float)) == pytest.approx(copied, abs=1e-12)
+
+
+def test_calibration_error_is_the_gap_between_promise_and_outcome() -> None:
+    truth = np.array([0] * 6 + [1] * 4)
+    p = np.tile([0.9, 0.1], (10, 1))
+    assert scores(truth, p)["ece"] == pytest.approx(0.3)
+    both = np.concatenate([p[:5], np.tile([0.52, 0.48], (5, 1))])  # 5 of 5, and 1 of 5
+    assert scores(truth, both)["ece"] == pytest.approx((0.1 + 0.32) / 2)
+
+
+def test_soft_targets_cost_their_cross_entropy() -> None:
+    p, weights = np.array([[0.5, 0.5], [0.9, 0.1]]), np.array([1.0, 3.0])
+    found = cross_entropy(np.array([[0.3, 0.7], [1.0, 0.0]]), p, weights)
+    assert found == pytest.approx((np.log(2) - 3 * np.log(0.9)) / 4)
+    truth, p = predictions(50, 3)
+    assert cross_entropy(np.eye(3)[truth], p, np.ones(50)) == pytest.approx(scores(truth, p)["log_loss"])
+
+
+def test_a_class_without_rows_is_left_out_of_the_means_and_auroc_of_one_class_is_unknown() -> None:
+    _, p = predictions(20, 3)
+    p[:, 2] = 0
+    truth = np.zeros(20, dtype=int)
+    found = scores(truth, p)
+    assert found["balanced_accuracy"] == found["accuracy"]
+    assert np.isnan(found["auroc"])
+    assert intervals(truth, p, np.arange(20), resamples=100)["auroc"] == {
+        "value": None,
+        "low": None,
+        "high": None,
+    }
+
+
+def test_a_rare_class_that_some_resamples_miss_leaves_no_hole() -> None:
+    truth, p = predictions(60, 2)
+    truth[:] = 0
+    truth[:2] = 1
+    found = intervals(truth, p, np.arange(60), resamples=200)
+    assert all(isinstance(value, float) for interval in found.values() for value in interval.values())
+
+
+@pytest.mark.parametrize(
+    ("groups", "size", "at_least"), [(200, 1, 92), (60, 5, 92), (20, 10, 92), (10, 20, 89)]
+)
+def test_intervals_cover_the_truth_about_95_times_in_100(groups: int, size: int, at_least: int) -> None:
+    """Rows of a group share their difficulty. Ten groups reach 93 (plain percentiles: 88)."""
+    trials, covered = 300, 0
+    for trial in range(trials):
+        chance = np.random.default_rng([size, trial])
+        right = chance.random(groups * size) < np.repeat(chance.beta(6, 2, groups), size)  # mean 0.75
+        p = np.tile([0.75, 0.25], (groups * size, 1))
+        names = np.repeat(np.arange(groups), size)
+        found = intervals((~right).astype(int), p, names, resamples=200, seed=trial)["accuracy"]
+        assert found["low"] is not None and found["high"] is not None
+        covered += found["low"] <= 0.75 <= found["high"]
+    assert at_least <= 100 * covered / trials <= 98
+
+
+def test_intervals_of_auroc_cover_the_truth_as_often() -> None:
+    covered = 0
+    for trial in range(200):
+        chance = np.random.default_rng(trial)
+        truth = chance.integers(0, 2, 120)
+        odds = np.exp(chance.normal(size=120) + truth)
+        p = np.stack([1 / (1 + odds), odds / (1 + odds)], axis=1)
+        found = intervals(truth, p, np.arange(120), resamples=200, seed=trial)["auroc"]
+        assert found["low"] is not None and found["high"] is not None
+        covered += found["low"] <= 0.760250 <= found["high"]  # of two normals one deviation apart
+    assert 92 <= 100 * covered / 200 <= 98
+
+
+def test_the_interval_of_the_calibration_error_allows_for_the_noise_in_it() -> None:
+    """Of a miscalibrated model; the plain percentile interval lies too high."""
+    covered = 0
+    for trial in range(100):
+        chance = np.random.default_rng(trial)
+        p = np.tile([0.9, 0.1], (300, 1))
+        p[150:] = [0.6, 0.4]
+        truth = (chance.random(300) > np.repeat([0.8, 0.6], 150)).astype(int)  # error 0.1 and 0: 0.05
+        ece = intervals(truth, p, np.arange(300), resamples=200, seed=trial)["ece"]
+        assert ece["low"] is not None and ece["high"] is not None
+        covered += ece["low"] <= 0.05 <= ece["high"]
+    assert covered >= 88
+
+
+def test_rows_that_resemble_each_other_give_wider_intervals_than_independent_rows() -> None:
+    chance = np.random.default_rng(0)
+    right = np.repeat(chance.random(40) < 0.7, 25)  # 40 groups of 25 rows that go right or wrong together
+    truth, p = (~right).astype(int), np.tile([0.7, 0.3], (1000, 1))
+
+    def width(groups: Any) -> float:
+        found = intervals(truth, p, groups, resamples=400)["accuracy"]
+        assert found["low"] is not None and found["high"] is not None
+        return found["high"] - found["low"]
+
+    assert width(np.repeat(np.arange(40), 25)) > 3 * width(np.arange(1000))
+
+
+def test_one_group_says_nothing_about_others() -> None:
+    truth, p = predictions(50, 2)
+    found = intervals(truth, p, np.zeros(50))
+    assert found["accuracy"]["value"] is not None
+    assert found["accuracy"]["low"] is None and found["accuracy"]["high"] is None
+
+
+def test_the_same_seed_gives_the_same_intervals_and_another_seed_nearly_so() -> None:
+    truth, p = predictions(300, 2)
+    first, again, other = (intervals(truth, p, np.arange(300), seed=seed) for seed in (0, 0, 1))
+    assert first == again
+    assert first["accuracy"] != other["accuracy"]
+    assert first["accuracy"] == pytest.approx(other["accuracy"], abs=0.02)
+
+
+def test_a_thousand_resamples_of_five_thousand_rows_take_seconds_at_most() -> None:
+    truth, p = predictions(5000, 2)
+    start = perf_counter()
+    intervals(truth, p, np.arange(5000))
+    assert perf_counter() - start < 4  # 0.2 s on an idle machine
+
+
+@pytest.mark.parametrize(
+    ("truth", "p"),
+    [
+        ([], np.empty((0, 2))),
+        ([0, 1], np.full((3, 2), 0.5)),
+        ([0, 2], np.full((2, 2), 0.5)),
+        ([-1, 0], np.full((2, 2), 0.5)),
+        ([0, 1], np.full((2, 2), np.nan)),
+        ([0, 1], np.full(2, 0.5)),
+    ],
+)
+def test_input_that_makes_no_sense_is_refused(truth: list[int], p: Any) -> None:
+    with pytest.raises(ValueError, match=r"probabilities|columns"):
+        scores(np.array(truth, dtype=int), p)

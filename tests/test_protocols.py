@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from math import sqrt
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from headstart import protocols
+from headstart.errors import HeadstartError
+from headstart.metrics import METRICS
+from headstart.protocols import cross_validate, format_table, summarise
+from headstart.training import load
+from tests import cached
+
+QUICK = cached.recipe(train={"l2": [0.1, 1.0]})
+
+
+def test_every_row_is_held_out_once_per_seed(tmp_path: Path) -> None:
+    rows = cross_validate(QUICK, cached.write(tmp_path), folds=3, seeds=2)
+    assert rows.groupby("seed")["rows"].sum().tolist() == [240, 240]
+    assert rows.groupby("seed")["groups"].sum().tolist() == [60, 60]
+    assert rows[["seed", "fold"]].drop_duplicates().shape == (6, 2)
+    assert rows["accuracy"].mean() > 0.7
+
+
+@pytest.mark.parametrize("random_folds", [False, True])
+def test_groups_stay_whole_unless_random_folds_are_asked_for(random_folds: bool, tmp_path: Path) -> None:
+    examples = load(QUICK, cached.write(tmp_path))
+    group = examples.manifest["group"].to_numpy()
+    outer = protocols._split(examples, np.arange(240), 4, 0, random_folds)
+    inner = protocols._split(examples, outer[0][0], protocols.INNER_FOLDS, 0, random_folds)
+    for others, fold in [*outer, *inner]:
+        assert not set(others) & set(fold)
+        assert bool(set(group[others]) & set(group[fold])) == random_folds
+    assert not {row for part in inner[0] for row in part} & set(outer[0][1])
+
+
+def test_folds_are_balanced_over_label_and_domain(tmp_path: Path) -> None:
+    examples = load(QUICK, cached.write(tmp_path, cached.manifest(400)))
+    table = examples.manifest
+    for _, fold in protocols._split(examples, np.arange(400), 4, 0, False):
+        for column in ("label", "domain"):
+            share = (table[column].iloc[fold] == table[column].iloc[0]).mean()
+            assert share == pytest.approx((table[column] == table[column].iloc[0]).mean(), abs=0.08)
+
+
+def test_random_folds_flatter_when_groups_resemble_each_other(tmp_path: Path) -> None:
+    table = cached.manifest(240, per_group=12)
+    first = table.groupby("group")["label"].transform("first")
+    table["label"] = first  # one label per group, and features that give the group away
+    layout = cached.write(tmp_path, table, dim=4, group_noise=30)
+    layout_features = np.load(layout.features / "features.npy")
+    layout_features[:, 0] = np.random.default_rng(0).normal(size=240)  # nothing to learn but the groups
+    wide = np.eye(20)[table["group"].str[6:].astype(int)]
+    np.save(
+        layout.features / "features.npy", np.concatenate([layout_features, wide], axis=1).astype(np.float16)
+    )
+    safe, leaky = (cross_validate(QUICK, layout, 4, 1, random_folds) for random_folds in (False, True))
+    assert leaky["accuracy"].mean() > 0.95
+    assert safe["accuracy"].mean() < 0.75
+
+
+def test_the_same_seed_gives_the_same_table(tmp_path: Path) -> None:
+    layout = cached.write(tmp_path)
+    pd.testing.assert_frame_equal(cross_validate(QUICK, layout, 3), cross_validate(QUICK, layout, 3))
+
+
+def test_the_interval_allows_for_folds_that_share_training_rows() -> None:
+    rows = pd.DataFrame({m: [0.7, 0.8, 0.9, 0.8] for m in METRICS} | {"folds": 4})
+    line = summarise(rows).loc["accuracy"]
+    std = np.std([0.7, 0.8, 0.9, 0.8], ddof=1)
+    reach = 3.182446 * std * sqrt(1 / 4 + 1 / 3)
+    assert line.tolist() == pytest.approx([0.8, std, 0.8 - reach, 0.8 + reach])
+
+
+def test_the_table_names_its_protocol_and_marks_the_one_that_leaks(tmp_path: Path) -> None:
+    layout = cached.write(tmp_path)
+    safe = format_table(cross_validate(QUICK, layout, 3))
+    assert safe.startswith("3 group-safe folds, 1 seed, 240 rows")
+    assert all(metric in safe for metric in METRICS)
+    assert "leak" not in safe
+    leaky = format_table(cross_validate(QUICK, layout, 3, 2, random_folds=True))
+    assert leaky.startswith("3 random folds, 2 seeds, 240 rows")
+    assert "for comparison with the literature only" in leaky
+    assert max(len(line) for line in leaky.splitlines()) <= 110
+
+
+def test_more_folds_than_groups_of_a_class_are_refused(tmp_path: Path) -> None:
+    layout = cached.write(tmp_path, cached.manifest(48, per_group=12))
+    with pytest.raises(HeadstartError, match="too few groups for 9 folds") as caught:
+        cross_validate(QUICK, layout, folds=9)
+    assert caught.value.do.startswith("use at most 4 folds")

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from headstart import stamps
+from headstart.errors import HeadstartError
+from headstart.heads import Head
+from headstart.layout import Layout
+from headstart.training import class_factors, soft_targets, train
+from tests import cached
+
+ROOT = Path(__file__).parents[1]
+
+
+def model(layout: Layout) -> dict[str, object]:
+    found: dict[str, object] = json.loads((layout.model / "model.json").read_text())
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_train_writes_a_head_its_choices_and_predictions_of_the_rows_it_did_not_fit(tmp_path: Path) -> None:
+    layout, table = cached.write(tmp_path), cached.manifest()
+    train(cached.recipe(), layout)
+    assert set(contents(layout.model)) == {"head.safetensors", "model.json", "predictions.parquet"}
+    assert model(layout)["classes"] == ["no", "yes"]
+    assert model(layout)["l2"] in {line["l2"] for line in model(layout)["l2_tried"]}  # type: ignore[attr-defined]
+    predictions = pd.read_parquet(layout.model / "predictions.parquet")
+    assert list(predictions) == ["id", "split", "label", "domain", "group", "p:no", "p:yes"]
+    held_out = table[table["split"] != "train"]
+    assert list(predictions["id"]) == list(held_out["id"])
+    features = np.load(layout.features / "features.npy")[held_out.index]
+    expected = Head.load(layout.model / "head.safetensors").probabilities(features)
+    assert (predictions[["p:no", "p:yes"]].to_numpy() == expected).all()
+    assert ((predictions["p:yes"] > 0.5) == (predictions["label"] == "yes")).mean() > 0.7
+
+
+def test_the_order_of_the_classes_is_the_recipes(tmp_path: Path) -> None:
+    layout = cached.write(tmp_path)
+    train(cached.recipe(validate={"adapter": "table", "classes": ["yes", "no"]}), layout)
+    assert model(layout)["classes"] == ["yes", "no"]
+    predictions = pd.read_parquet(layout.model / "predictions.parquet")
+    assert list(predictions)[-2:] == ["p:yes", "p:no"]
+    assert ((predictions["p:yes"] > 0.5) == (predictions["label"] == "yes")).mean() > 0.7
+
+
+def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
+    for place in ("one", "two"):
+        train(cached.recipe(), cached.write(tmp_path / place))
+    assert contents(tmp_path / "one/model/case") == contents(tmp_path / "two/model/case")
+
+
+def test_the_test_labels_choose_nothing(tmp_path: Path) -> None:
+    table = cached.manifest()
+    shuffled = table.copy()
+    test = table["split"] == "test"
+    shuffled.loc[test, "label"] = np.random.default_rng(0).permutation(table.loc[test, "label"])
+    one, two = cached.write(tmp_path / "one", table), cached.write(tmp_path / "two", shuffled)
+    for file in ("features.npy", "ids.parquet"):  # the same features under other labels
+        shutil.copy(one.features / file, two.features / file)
+    for layout in (one, two):
+        train(cached.recipe(), layout)
+    assert (one.model / "head.safetensors").read_bytes() == (two.model / "head.safetensors").read_bytes()
+    before, after = (pd.read_parquet(layout.model / "predictions.parquet") for layout in (one, two))
+    assert not before["label"].equals(after["label"])
+    assert before.drop(columns="label").equals(after.drop(columns="label"))
+
+
+def test_validation_labels_do_choose(tmp_path: Path) -> None:
+    table = cached.manifest()
+    swapped = table.copy()
+    val = table["split"] == "val"
+    swapped.loc[val, "label"] = table.loc[val, "label"].map({"no": "yes", "yes": "no"})
+    one, two = cached.write(tmp_path / "one", table), cached.write(tmp_path / "two", swapped)
+    shutil.copy(one.features / "features.npy", two.features / "features.npy")
+    for layout in (one, two):
+        train(cached.recipe(), layout)
+    assert model(two)["l2"] == 10 != model(one)["l2"]  # when all it learned is wrong, the least of it is best
+
+
+def test_doubt_is_spread_over_the_other_classes() -> None:
+    targets = soft_targets(np.array([0, 2]), np.array([1.0, 0.7]), 4)
+    assert targets == pytest.approx(np.array([[1, 0, 0, 0], [0.1, 0.1, 0.7, 0.1]]))
+
+
+def test_balanced_classes_weigh_the_same(tmp_path: Path) -> None:
+    truth, weights = np.array([0, 0, 0, 1]), np.array([1.0, 1.0, 2.0, 1.0])
+    factors = class_factors(truth, weights, 2)
+    assert np.bincount(truth, weights * factors[truth]) == pytest.approx(np.array([2.5, 2.5]))
+    table = cached.manifest(400)
+    table = table[(table["label"] == "no") | (np.arange(400) % 5 == 0)].reset_index(drop=True)
+    recall = {}
+    for choice in (None, "balanced"):
+        layout = cached.write(tmp_path / str(choice), table)
+        train(cached.recipe(train={"class_weight": choice}), layout)
+        predictions = pd.read_parquet(layout.model / "predictions.parquet")
+        recall[choice] = (predictions.loc[predictions["label"] == "yes", "p:yes"] > 0.5).mean()
+    assert recall["balanced"] > recall[None]
+
+
+def test_rows_of_little_weight_teach_little(tmp_path: Path) -> None:
+    table = cached.manifest()
+    wrong = (table["split"] == "train") & table["group"].str[-1].isin(list("02468"))
+    liar = table.copy()
+    liar.loc[wrong, "label"] = table.loc[wrong, "label"].map({"no": "yes", "yes": "no"})
+    features = cached.write(tmp_path / "honest", table).features / "features.npy"
+    right = {}
+    for weight in (1, 1e-4):
+        liar.loc[wrong, "weight"] = np.float32(weight)
+        layout = cached.write(tmp_path / str(weight), liar)
+        shutil.copy(features, layout.features / "features.npy")
+        train(cached.recipe(), layout)
+        predictions = pd.read_parquet(layout.model / "predictions.parquet")
+        right[weight] = ((predictions["p:yes"] > 0.5) == (predictions["label"] == "yes")).mean()
+    assert right[1e-4] > right[1] + 0.1
+
+
+def test_a_failed_training_leaves_the_old_model_alone(tmp_path: Path) -> None:
+    layout = cached.write(tmp_path)
+    train(cached.recipe(), layout)
+    before = contents(layout.model)
+    features = np.load(layout.features / "features.npy")
+    features[7, 0] = np.inf
+    np.save(layout.features / "features.npy", features)
+    with pytest.raises(HeadstartError, match="1 rows are not finite") as caught:
+        train(cached.recipe(), layout)
+    assert "row-00007" in caught.value.where
+    assert contents(layout.model) == before
+
+
+def test_features_of_another_manifest_are_refused(tmp_path: Path) -> None:
+    layout = cached.write(tmp_path)
+    cached.manifest(seed=3).to_parquet(layout.manifest / "manifest.parquet", index=False)
+    with pytest.raises(HeadstartError, match="another manifest") as caught:
+        train(cached.recipe(), layout)
+    assert "dvc repro features@case" in caught.value.do
+
+
+def test_features_of_too_few_rows_are_refused(tmp_path: Path) -> None:
+    layout = cached.write(tmp_path)
+    np.save(layout.features / "features.npy", np.load(layout.features / "features.npy")[:-1])
+    with pytest.raises(HeadstartError, match=r"shape \(239, 8\) for a manifest of 240 rows"):
+        train(cached.recipe(), layout)
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(HeadstartError, match="missing") as caught:
+        train(cached.recipe(), Layout(tmp_path, "case"))
+    assert "features.json" in caught.value.where
+
+
+def test_a_class_without_training_rows_is_named(tmp_path: Path) -> None:
+    table = cached.manifest()
+    table.loc[table["split"] == "train", "label"] = "no"
+    with pytest.raises(HeadstartError, match="no training rows of yes"):
+        train(cached.recipe(), cached.write(tmp_path, table))
+
+
+def test_a_label_that_the_recipe_does_not_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HeadstartError, match="does not name: no"):
+        train(
+            cached.recipe(validate={"adapter": "table", "classes": ["yes", "perhaps"]}),
+            cached.write(tmp_path),
+        )
+
+
+def test_stamps_match_the_tree_that_the_model_was_made_from(tmp_path: Path) -> None:
+    layout = cached.write(tmp_path)
+    train(cached.recipe(), layout)
+    assert stamps.differences(model(layout)["stamps"], cached.recipe(), layout) == []  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ("recipe", "train block"),
+        ("seed", "the seed was 0, the recipe says 5"),
+        ("manifest", "manifest.parquet"),
+        ("features", "features.npy"),
+        ("backbone", "backbone"),
+        ("weights gone", "backbone is missing"),
+        ("features gone", "features.npy"),
+        ("code", "heads.py"),
+    ],
+)
+def test_stamps_notice_what_has_changed_since(
+    change: str, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, recipe = cached.write(tmp_path), cached.recipe()
+    taken = stamps.take(recipe, layout)
+    match change:
+        case "recipe":
+            recipe = cached.recipe(train={"l2": [0.5]})
+        case "seed":
+            recipe = cached.recipe(train={"seed": 5})
+        case "manifest":
+            cached.manifest(seed=3).to_parquet(layout.manifest / "manifest.parquet", index=False)
+        case "features":
+            np.save(layout.features / "features.npy", np.zeros((240, 8), np.float16))
+        case "backbone":
+            (layout.weights / "spec.json").write_text(json.dumps({"sha256": "c" * 64}))
+        case "weights gone":
+            (layout.weights / "spec.json").unlink()
+        case "features gone":
+            (layout.features / "features.npy").unlink()
+        case "code":
+            library = shutil.copytree(stamps.LIBRARY, tmp_path / "library")
+            (library / "heads.py").write_text("# better\n")
+            monkeypatch.setattr(stamps, "LIBRARY", library)
+    assert any(word in line for line in stamps.differences(taken, recipe, layout))
+
+
+def test_a_choice_that_training_never_reads_makes_no_model_stale(tmp_path: Path) -> None:
+    layout = cached.write(tmp_path)
+    taken = stamps.take(cached.recipe(), layout)
+    other = cached.recipe(evaluate={"resamples": 2000}, register={"name": "another"})
+    assert stamps.differences(taken, other, layout) == []
+
+
+def test_stamps_cover_the_modules_that_make_training_stale() -> None:
+    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]
+    assert list(stamps.MODULES) == [Path(dep).stem for dep in stage["deps"] if dep.startswith("src/")]
