@@ -2,31 +2,58 @@
 
 Goes in: ``data/<recipe>/`` and the recipe's ``validate`` block. Comes out: a frame with ``path`` or
 ``text``, and ``label``; optionally ``id``, ``domain``, ``group``, ``split``, ``confidence``, ``weight``,
-``left_out`` (why a row is not used) and ``original`` (a text before its encoding was mended). Decides
-nothing about fitness: that is validation's. Hidden files are passed over.
+``left_out`` (why a row is not used), ``original`` (a text before its encoding was mended) and ``place``
+(where to find a row that has no name of its own). Decides nothing about fitness: that is validation's.
+Hidden files are passed over.
 """
 
 from __future__ import annotations
 
+import codecs
+import csv
 import difflib
 import importlib
 import io
+import json
+import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import ftfy
 import pandas as pd
 
 from headstart.errors import HeadstartError
 from headstart.recipe import Validate
 
 Adapter = Callable[[Path, Validate], pd.DataFrame]
+Columns = dict[str, list[Any]]
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 TABLE_SUFFIXES = {".csv", ".tsv", ".parquet", ".jsonl"}
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "development"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 # A module of 60, 72, 54, 50 or 48 cells: the formats that occur in the ELPV data set.
 MODULE_CELLS, WHOLE_RUNS = 60, {72, 54, 50, 48}
+# Bytes that are not UTF-8 travel through the parsers as lone surrogates (PEP 383).
+STRAY = re.compile("[\ud800-\udfff]+")
+# Repairs of broken encodings only: entities, curly quotes, widths and line breaks are the author's.
+ENCODING_ONLY = ftfy.TextFixerConfig(
+    unescape_html=False,
+    remove_terminal_escapes=False,
+    fix_latin_ligatures=False,
+    fix_character_width=False,
+    uncurl_quotes=False,
+    fix_line_breaks=False,
+    remove_control_chars=False,
+    normalization=None,
+    explain=False,
+)
 
 
 def read(raw: Path, options: Validate) -> pd.DataFrame:
@@ -37,13 +64,20 @@ def read(raw: Path, options: Validate) -> pd.DataFrame:
             the files are not what the adapter expects.
     """
     if not raw.is_dir():
-        raise HeadstartError("there are no raw data", where=str(raw), do="run `headstart ingest RECIPE` first")
+        do = "run `headstart ingest RECIPE` first"
+        raise HeadstartError("there are no raw data", where=str(raw), do=do)
     frame = _find(options.adapter)(raw, options)
-    if frame.empty:
+    if not isinstance(frame, pd.DataFrame) or frame.empty:
         raise HeadstartError(
             "the raw data hold no rows",
             where=str(raw),
             do=f"check that the files suit the adapter {options.adapter!r}",
+        )
+    if "label" not in frame or ("text" in frame) == ("path" in frame):
+        raise HeadstartError(
+            f"the adapter {options.adapter!r} gives the columns {', '.join(map(str, frame.columns))}",
+            where="validate.adapter",
+            do="give `label` and either `text` or `path`",
         )
     return frame.reset_index(drop=True)
 
@@ -61,7 +95,7 @@ def _find(name: str) -> Adapter:
     module, function = name.split(":", 1)
     try:
         adapter: Adapter = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise HeadstartError(
             f"the adapter {name!r} cannot be imported: {error}",
             where="validate.adapter",
@@ -73,37 +107,56 @@ def _find(name: str) -> Adapter:
 def image_folder(raw: Path, options: Validate) -> pd.DataFrame:
     """Images in one folder per class, with or without train, val and test folders on top.
 
-    With only train and val, val is the held-out test, and validation rows are cut from train: a set
-    that training looks at cannot also be the judge.
+    Wrapper folders are looked through. A folder called ``train`` that holds pictures, not folders, is a
+    class like any other.
     """
-    top = raw
-    while len(inner := _visible(top)) == 1 and inner[0].is_dir():  # a wrapper folder is looked through
-        top = inner[0]
-    names = {folder.name for folder in _visible(top) if folder.is_dir()}
-    given = bool(names) and names <= set(SPLIT_FOLDERS)
-    no_test = given and "test" not in names
-    rows = []
-    for file in sorted(top.rglob("*")):
-        parts = file.relative_to(top).parts
-        if not file.is_file() or any(part.startswith(".") for part in parts):
+    top = _without_wrappers(raw)
+    given = {
+        folder.name: SPLIT_NAMES[folder.name.lower()]
+        for folder in _folders(top)
+        if folder.name.lower() in SPLIT_NAMES and _folders(folder)
+    }
+    rows, unnameable = [], []
+    for file in sorted(raw.rglob("*")):
+        path = file.relative_to(raw)
+        if any(_hidden(part) for part in path.parts) or not file.is_file():
             continue
-        split = SPLIT_FOLDERS[parts[0]] if given and len(parts) > 1 else None
-        folders = parts[1:-1] if given else parts[:-1]
+        name = path.as_posix()
+        if STRAY.search(name):
+            unnameable.append(name.encode("utf-8", "backslashreplace").decode())
+        parts = file.relative_to(top).parts if file.is_relative_to(top) else ()
+        split = given.get(parts[0]) if parts else None
+        folders = parts[1:-1] if split else () if given else parts[:-1]
         known = file.suffix.lower() in IMAGE_SUFFIXES
-        rows.append(
-            {
-                "path": file.relative_to(raw).as_posix(),
-                "label": folders[0] if folders else None,
-                "split": "test" if no_test and split == "val" else split,
-                "left_out": None if known and folders else "not an image in a class folder",
-            }
+        reason = None if known and folders else "not an image in a class folder"
+        label = folders[0] if folders else None
+        rows.append({"path": name, "label": label, "split": split, "left_out": reason})
+    if unnameable:
+        raise HeadstartError(
+            f"{len(unnameable)} file names are not UTF-8",
+            where=str(raw),
+            table=unnameable[:20],
+            do="rename the files; `convmv` does it in bulk",
         )
     return pd.DataFrame(rows, columns=["path", "label", "split", "left_out"])
 
 
+def _without_wrappers(folder: Path) -> Path:
+    """The first folder inside that is more than a wrapper around one folder of folders."""
+    inner = _folders(folder)
+    pictures = any(file.suffix.lower() in IMAGE_SUFFIXES for file in _visible(folder))
+    if len(inner) != 1 or pictures or not _folders(inner[0]):
+        return folder
+    return _without_wrappers(inner[0])
+
+
 def table(raw: Path, options: Validate) -> pd.DataFrame:
     """Rows of every CSV, TSV, Parquet and JSONL file, by the recipe's column names."""
-    files = [file for file in _visible(raw) if file.suffix.lower() in TABLE_SUFFIXES]
+    files = [
+        file
+        for file in sorted(raw.rglob("*"))
+        if file.suffix.lower() in TABLE_SUFFIXES and not any(map(_hidden, file.relative_to(raw).parts))
+    ]
     if not files:
         raise HeadstartError(
             "there is no table",
@@ -114,35 +167,106 @@ def table(raw: Path, options: Validate) -> pd.DataFrame:
 
 
 def _one_table(file: Path, options: Validate) -> pd.DataFrame:
-    mended: dict[str, str] = {}
+    import pyarrow as pa
+
+    wanted = {role: column for role, column in options.columns.model_dump().items() if column is not None}
     try:
-        if file.suffix.lower() == ".parquet":
-            content = pd.read_parquet(file)
-        else:
-            text, mended = _decode(file)
-            if file.suffix.lower() == ".jsonl":
-                content = pd.read_json(io.StringIO(text), lines=True, dtype=False)
-            else:
-                separator = "\t" if file.suffix.lower() == ".tsv" else ","
-                content = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False)
-    except (ValueError, OSError) as error:  # pandas' and pyarrow's parsers raise subclasses of these
+        names, content = _content(file, set(wanted.values()))
+    except (ValueError, OSError, csv.Error, pa.ArrowException) as error:
         raise HeadstartError(
             "the table cannot be read", where=str(file), table=str(error).splitlines()[:5], do="mend the file"
         ) from error
-    frame = pd.DataFrame(index=content.index)
-    for role, column in options.columns.model_dump().items():
-        if column is None:
-            continue
+    rows: Columns = {}
+    for role, column in wanted.items():
         if column not in content:
-            near = difflib.get_close_matches(column, map(str, content.columns), n=1)
             raise HeadstartError(
                 f"the table has no column {column!r} for the {role}",
-                where=f"{file}, columns: {', '.join(map(str, content.columns))}",
-                do=f"set validate.columns.{role}" + (f"; did you mean {near[0]!r}?" if near else ""),
+                where=f"{file}, columns: {', '.join(names):.300}",
+                do=f"set validate.columns.{role}{_nearest(column, names)}",
             )
-        frame[role] = content[column].map(lambda value: None if pd.isna(value) else str(value).strip())
-    frame["left_out"] = frame["label"].map(lambda label: None if label else "no label")
-    return _mend(frame, mended)
+        if any(isinstance(value, list | dict) for value in content[column]):
+            raise HeadstartError(
+                f"the column {column!r} holds lists or objects",
+                where=str(file),
+                do=f"give the {role} as one value a row",
+            )
+        rows[role] = [_string(value) for value in content[column]]
+    rows["text"], rows["original"] = _mended(rows["text"])
+    rows["left_out"] = [None if label else "no label" for label in rows["label"]]
+    if "split" in rows:
+        rows["split"] = [SPLIT_NAMES.get(split.lower(), split) if split else None for split in rows["split"]]
+    rows["place"] = [f"{file.name}, row {number}" for number in range(1, len(rows["text"]) + 1)]
+    for role in set(wanted) - {"text"}:
+        rows[role] = [_windows(value) or None if value else None for value in rows[role]]
+    return pd.DataFrame(rows)
+
+
+def _content(file: Path, wanted: set[str]) -> tuple[list[str], Columns]:
+    """Names of a table's columns, and the values of those wanted; names without spaces around them."""
+    if file.suffix.lower() == ".parquet":
+        import pyarrow.parquet as pq
+
+        parquet = pq.ParquetFile(file)
+        names = parquet.schema_arrow.names
+        read = parquet.read(columns=[name for name in names if name.strip() in wanted])
+        columns = zip(read.column_names, read.columns, strict=True)
+        return names, {name.strip(): column.to_pylist() for name, column in columns}
+    text = _decode(file)
+    if file.suffix.lower() == ".jsonl":
+        return _json_lines(text, wanted)
+    if file.suffix.lower() == ".tsv":
+        try:
+            return _separated(text, "\t", wanted)
+        except csv.Error:  # quotation marks that only quote: the file knows no quoting
+            return _separated(text, "\t", wanted, csv.QUOTE_NONE)
+    header = text.split("\n", 1)[0]
+    # Spreadsheets write semicolons where the comma is the decimal point.
+    semicolons = wanted <= {name.strip(' \r"') for name in header.split(";")} and ";" in header
+    return _separated(text, ";" if semicolons else ",", wanted)
+
+
+def _separated(
+    text: str, separator: str, wanted: set[str], quoting: int = csv.QUOTE_MINIMAL
+) -> tuple[list[str], Columns]:
+    csv.field_size_limit(sys.maxsize)  # a field may be a whole book
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)  # type: ignore[arg-type]
+    names = [name.strip() for name in next(reader, [])]
+    places = {name: names.index(name) for name in wanted if name in names}
+    columns: Columns = {name: [] for name in places}
+    try:
+        for row in reader:
+            if any(row[len(names) :]):
+                raise ValueError(
+                    f"line {reader.line_num}: {len(row)} fields, but the header names {len(names)}"
+                )
+            if row:
+                for name, place in places.items():
+                    columns[name].append(row[place] if place < len(row) else "")
+    except csv.Error as error:
+        raise csv.Error(f"line {reader.line_num}: {error}") from None
+    return names, columns
+
+
+def _json_lines(text: str, wanted: set[str]) -> tuple[list[str], Columns]:
+    names: dict[str, None] = {}
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is not a JSON object")
+            names |= dict.fromkeys(row)
+            rows.append({name: row.get(name) for name in wanted})
+    return list(names), {name: [row[name] for row in rows] for name in wanted if name in names}
+
+
+def _nearest(column: str, names: list[str]) -> str:
+    by_lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(column.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[near[0]]!r}?" if near else ""
 
 
 def elpv(raw: Path, options: Validate) -> pd.DataFrame:
@@ -152,7 +276,10 @@ def elpv(raw: Path, options: Validate) -> pd.DataFrame:
     paper's: 1, 0.33, 0.67, 1 for probabilities 0, 1/3, 2/3, 1. The 44 modules are not named, but cells
     of one module stand next to each other in the list.
     """
-    listed = pd.read_csv(raw / "labels.csv", sep=r"\s+", header=None, names=["path", "defect", "type"])
+    file = raw / "labels.csv"
+    if not file.is_file():
+        raise HeadstartError("labels.csv is missing", where=str(raw), do="ingest it again")
+    listed = pd.read_csv(file, sep=r"\s+", header=None, names=["path", "defect", "type"])
     defective = listed["defect"] >= 0.5
     return pd.DataFrame(
         {
@@ -188,79 +315,90 @@ def vader(raw: Path, options: Validate) -> pd.DataFrame:
         file = next(iter(sorted(raw.rglob(f"{stem}_GroundTruth.txt"))), None)
         if file is None:
             raise HeadstartError(f"{stem}_GroundTruth.txt is missing", where=str(raw), do="ingest it again")
-        text, mended = _decode(file)
-        parts = [line.split("\t", 2) for line in text.split("\n") if line.count("\t") >= 2]
-        frame = pd.DataFrame(parts, columns=["number", "rating", "text"])
-        rating = frame["rating"].astype(float)
-        document = frame["number"].str.extract(r"^(\d+)_", expand=False)
-        frame = pd.DataFrame(
-            {
-                "id": domain + ":" + frame["number"],
-                "text": frame["text"].str.strip(),
-                "label": rating.map(lambda r: "positive" if r > 0 else "negative"),
-                "domain": domain,
-                "group": domain + ":" + document.fillna(frame["number"]),
-                "left_out": rating.map(lambda r: "neutral: |mean rating| <= 0.5" if abs(r) <= 0.5 else None),
-            }
+        parts = [line.split("\t", 2) for line in _decode(file).split("\n") if line.strip()]
+        try:
+            numbers, ratings, texts = zip(*parts, strict=True)
+            rating = pd.Series(ratings).astype(float)
+        except ValueError as error:
+            raise HeadstartError(
+                f"a line is not a number, a rating and a text: {error}", where=str(file), do="ingest it again"
+            ) from None
+        number = pd.Series(numbers)
+        fixed, original = _mended([text.strip() for text in texts])
+        frames.append(
+            pd.DataFrame(
+                {
+                    "id": domain + ":" + number,
+                    "text": fixed,
+                    "label": rating.map(lambda r: "positive" if r > 0 else "negative"),
+                    "domain": domain,
+                    # `12_3` is the third snippet of document 12.
+                    "group": domain + ":" + number.str.replace(r"_\d+$", "", regex=True),
+                    "left_out": rating.map(
+                        lambda r: "neutral: |mean rating| <= 0.5" if abs(r) <= 0.5 else None
+                    ),
+                    "original": original,
+                }
+            )
         )
-        frames.append(_mend(frame, mended))
     return pd.concat(frames, ignore_index=True)
 
 
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"  # macOS' archiver keeps its own notes there
+
+
 def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in folder.iterdir() if not _hidden(path.name))
 
 
-def _decode(file: Path) -> tuple[str, dict[str, str]]:
-    """Text of a file, and what each line that is not valid UTF-8 looks like with its bytes replaced.
-
-    Such a line is read as Windows-1252, the usual culprit; the few bytes that this leaves undefined
-    become Latin-1. The result maps a decoded line to its broken form.
-    """
-    data = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    try:
-        return data.decode("utf-8").replace("\r\n", "\n"), {}
-    except UnicodeDecodeError:
-        pass
-    lines, mended = [], {}
-    for piece in data.replace(b"\r\n", b"\n").split(b"\n"):
-        try:
-            lines.append(piece.decode("utf-8"))
-        except UnicodeDecodeError:
-            try:
-                line = piece.decode("cp1252")
-            except UnicodeDecodeError:
-                line = piece.decode("latin-1")
-            mended[line] = piece.decode("utf-8", errors="replace")
-            lines.append(line)
-    return "\n".join(lines), mended
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in _visible(folder) if path.is_dir()]
 
 
-def _mend(frame: pd.DataFrame, mended: dict[str, str]) -> pd.DataFrame:
-    """Undo mojibake and HTML entities in the texts; ``original`` keeps what was there before.
+def _decode(file: Path) -> str:
+    """Text of a file: UTF-8 or marked UTF-16; every byte that is not becomes a lone surrogate."""
+    data = file.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16").replace("\r\n", "\n")
+    return data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape").replace("\r\n", "\n")
 
-    The entities and double encodings are ftfy's business (Speer 2019). Only repairs count: ftfy's
-    cosmetic changes (curly quotes, widths) are switched off.
-    """
-    import ftfy
 
-    config = ftfy.TextFixerConfig(
-        uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False, normalization=None, explain=False
-    )
-    broken_lines = list(mended.items())
-
-    def before(text: str, after: str) -> str | None:
-        if after != text:
-            return text
-        if any(text in line for line, _ in broken_lines) and not text.isascii():
-            return next(re.sub(r"^.*\t", "", old) for line, old in broken_lines if text in line)
+def _string(value: Any) -> str | None:
+    """A cell as text without spaces around it: 1.0 is 1 (whole columns turn to floats over one gap)."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return (value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)).strip()
 
-    texts = frame["text"].map(lambda text: text or "")
-    fixed = texts.map(lambda text: ftfy.fix_text(text, config) if text else text)
-    frame["original"] = [before(old, new) for old, new in zip(texts, fixed, strict=True)]
-    frame["text"] = fixed
-    return frame
+
+def _windows(text: str) -> str:
+    """Stray bytes read as Windows-1252, the usual culprit; the few that it leaves undefined as Latin-1."""
+
+    def decoded(stray: re.Match[str]) -> str:
+        try:
+            data = stray[0].encode("ascii", "surrogateescape")
+        except UnicodeEncodeError:  # half an emoji, from an escape in JSON
+            return "\ufffd"
+        try:
+            return data.decode("cp1252")
+        except UnicodeDecodeError:
+            return data.decode("latin-1")
+
+    return text if text.isascii() else STRAY.sub(decoded, text)
+
+
+def _mended(texts: list[str | None]) -> tuple[list[str], list[str | None]]:
+    """Texts without mojibake, and what each mended one looked like before (ftfy: Speer 2019)."""
+    fixed: list[str] = []
+    original: list[str | None] = []
+    for text in texts:
+        before = text or ""
+        after = before if before.isascii() else ftfy.fix_text(_windows(before), ENCODING_ONLY)
+        fixed.append(after)
+        original.append(STRAY.sub("\ufffd", before) if after != before else None)
+    return fixed, original
 
 
 BUILT_IN: dict[str, Adapter] = {"image_folder": image_folder, "table": table, "elpv": elpv, "vader": vader}

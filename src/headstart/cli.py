@@ -90,7 +90,9 @@ def ingest(recipe: RecipePath) -> None:
     os.chdir(root)
     from tasks.ingest import bring
 
-    print(f"data/{chosen.name}: {bring(chosen, Layout(root, chosen.name), logging.getLogger('headstart').info)}")
+    print(
+        f"data/{chosen.name}: {bring(chosen, Layout(root, chosen.name), logging.getLogger('headstart').info)}"
+    )
 
 
 @app.command()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +68,25 @@ class Layout:
 
 
 @contextmanager
+def unwritable_named(folder: Path) -> Iterator[None]:
+    """Turn a full or read-only disk, met while ``folder`` is being made, into words.
+
+    Raises:
+        HeadstartError: the disk is full or not writable.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise HeadstartError(
+            f"could not write {folder.name}: {error.strerror}",
+            where=str(error.filename or folder),
+            do="free disk space or mend the permissions, then run the same command again",
+        ) from error
+
+
+@contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
     """Yield a temporary sibling of ``folder`` that takes its place on success.
 
@@ -79,19 +97,12 @@ def written_whole(folder: Path) -> Iterator[Path]:
     """
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        raise HeadstartError(
-            f"could not write {folder.name}: {error.strerror}",
-            where=str(error.filename or folder),
-            do="free disk space or mend the permissions, then run the same command again",
-        ) from error
+        with unwritable_named(folder):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

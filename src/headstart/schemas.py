@@ -11,28 +11,33 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from headstart.recipe import Validate
+from headstart.splits import SPLITS
 
 if TYPE_CHECKING:
     import pandera.pandas as pa
 
+COLUMNS = ["rule", "id", "value", "do"]
 REMEDY = {
-    "unique_id": "give each row an id of its own, or none",
-    "known_label": "correct the label, or add it to validate.classes",
-    "text_not_empty": "write the text, or delete the row",
     "confidence_in_range": "a probability above 0 and at most 1",
-    "positive_weight": "a number above 0; leave the row out to ignore it",
-    "known_split": "train, val or test",
-    "two_classes": "a classifier needs rows of at least two classes",
     "group_in_one_split": "put all rows of the group into one split",
-    "rows_per_class": "add rows of this class, or lower validate.min_rows_per_class",
+    "known_label": "correct the label, or add it to validate.classes",
+    "known_split": "train, val or test, in every row or in none",
+    "positive_weight": "a number above 0; leave the row out to ignore it",
+    "rows_per_class": "add rows of this class in groups of their own, or lower validate.min_rows_per_class",
+    "text_not_empty": "write the text, or delete the row",
+    "two_classes": "a classifier needs rows of at least two classes",
+    "unique_id": "give each row an id of its own, or none",
+    "value_missing": "fill it in, or let the adapter leave the row out with a reason",
 }
+PANDERA_RULES = {"not_nullable": "value_missing"}
 
 
 def failures(frame: pd.DataFrame, options: Validate) -> pd.DataFrame:
-    """Every broken rule of a frame without splits of its own making.
+    """Every broken rule of the usable rows, before splits are assigned.
 
     Returns:
-        Columns ``rule``, ``id``, ``value``, ``do``; empty if the frame is fit.
+        Columns ``rule``, ``id`` (or the place of a row without one), ``value``, ``do``; empty if the frame
+        is fit.
     """
     import pandera.errors
 
@@ -40,55 +45,64 @@ def failures(frame: pd.DataFrame, options: Validate) -> pd.DataFrame:
         rows(options, "text" in frame).validate(frame, lazy=True)
     except pandera.errors.SchemaErrors as error:
         cases = error.failure_cases
-        known = cases[cases["check"].isin(REMEDY)]
         # A row-wise rule names the row; a rule of the whole frame has no index.
-        ids = known["index"].map(lambda i: "" if pd.isna(i) else str(frame["id"].iloc[int(i)]))
-        found = pd.DataFrame(
-            {"rule": known["check"], "id": ids, "value": known["failure_case"].astype(str)}
-        ).drop_duplicates()
-        if found.empty:  # pandera's own words for what our rules did not foresee, such as a wrong type
-            found = pd.DataFrame({"rule": ["schema"], "id": [""], "value": [str(cases.iloc[0].to_dict())]})
-        return found.assign(do=found["rule"].map(REMEDY).fillna("see docs/reference/files.md"))
-    return pd.DataFrame(columns=["rule", "id", "value", "do"])
+        ids = cases["index"].map(lambda i: "" if pd.isna(i) else str(frame["place"].iloc[int(i)]))
+        rule = cases["check"].replace(PANDERA_RULES)
+        value = cases["failure_case"].astype(str)
+        value = value.mask(rule == "value_missing", "no " + cases["column"].astype(str))
+        value = value.mask(rule == "two_classes", f"every row is {frame['label'].iloc[0]!r}")
+        found = pd.DataFrame({"rule": rule, "id": ids, "value": value})
+        unforeseen = ~rule.isin(REMEDY)  # in pandera's own words, such as a wrong type
+        found.loc[unforeseen, "value"] = cases["column"].astype(str) + ": " + rule + ": " + value
+        found.loc[unforeseen, "rule"] = "schema"
+        return _with_remedy(found.drop_duplicates())
+    return pd.DataFrame(columns=COLUMNS)
 
 
 def rows(options: Validate, texts: bool) -> pa.DataFrameSchema:
     """The schema of usable rows, before splits are assigned."""
     import pandera.pandas as pa
 
-    content = "text" if texts else "path"
-    label = [pa.Check.isin(options.classes, name="known_label")] if options.classes else []
+    # Named functions throughout: pandera's built-in checks print their arguments in place of a name.
+    one_of = options.classes
+    known = [pa.Check(lambda s: s.isin(one_of), name="known_label")] if one_of else []
     not_empty = pa.Check(lambda s: s.str.strip().str.len() > 0, name="text_not_empty")
     in_range = pa.Check(lambda s: (s > 0) & (s <= 1), name="confidence_in_range")
+    positive = pa.Check(lambda s: (s > 0) & (s < float("inf")), name="positive_weight")
+    split = pa.Check(lambda s: s.isin(SPLITS), name="known_split")
     return pa.DataFrameSchema(
         {
             "id": pa.Column(str, pa.Check(lambda s: ~s.duplicated(keep="first"), name="unique_id")),
-            content: pa.Column(str, not_empty if texts else None),
-            "label": pa.Column(str, label),
+            "text" if texts else "path": pa.Column(str, not_empty if texts else None),
+            "label": pa.Column(str, known),
             "confidence": pa.Column(float, in_range),
-            "weight": pa.Column(float, pa.Check(lambda s: s > 0, name="positive_weight")),
+            "weight": pa.Column(float, positive),
             "domain": pa.Column(str),
             "group": pa.Column(str),
-            "split": pa.Column(
-                str, pa.Check.isin(["train", "val", "test"], name="known_split"), nullable=True, required=False
-            ),
+            "split": pa.Column(str, split, nullable=True),
         },
         # A frame-level rule returns one truth value: a series would be repeated for every column.
-        checks=pa.Check(lambda frame: bool(frame["label"].nunique() > 1), name="two_classes"),
+        checks=pa.Check(lambda frame: bool(frame["label"].nunique() != 1), name="two_classes"),
     )
 
 
 def split_failures(frame: pd.DataFrame, options: Validate, classes: list[str]) -> pd.DataFrame:
     """Broken rules of the frame with its splits: a group on both sides, a class with too few rows."""
     found = []
-    spread = frame.groupby("group")["split"].agg(lambda s: ", ".join(sorted(set(s))))
-    for group, splits in spread[spread.str.contains(",")].items():
-        found.append({"rule": "group_in_one_split", "id": str(group), "value": splits})
+    by_group = frame.groupby("group")["split"]
+    torn = by_group.nunique() > 1
+    for group in torn.index[torn]:
+        found.append(("group_in_one_split", str(group), ", ".join(sorted(set(by_group.get_group(group))))))
     counts = frame.groupby(["split", "label"]).size()
-    for split in ("train", "val", "test"):
+    groups = frame.groupby("label")["group"].nunique()
+    for split in SPLITS:
         for label in classes:
             if (n := int(counts.get((split, label), 0))) < options.min_rows_per_class:
-                value = f"{n} rows, at least {options.min_rows_per_class} wanted"
-                found.append({"rule": "rows_per_class", "id": f"{split}, {label}", "value": value})
-    table = pd.DataFrame(found, columns=["rule", "id", "value"])
-    return table.assign(do=table["rule"].map(REMEDY))
+                value = f"{n} rows of at least {options.min_rows_per_class}"
+                value += f"; groups with this class: {int(groups.get(label, 0))}"
+                found.append(("rows_per_class", f"{split}, {label}", value))
+    return _with_remedy(pd.DataFrame(found, columns=["rule", "id", "value"]))
+
+
+def _with_remedy(found: pd.DataFrame) -> pd.DataFrame:
+    return found.assign(do=found["rule"].map(REMEDY).fillna("see docs/reference/files.md"))[COLUMNS]

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from headstart import progress
+
 SPLITS = ("train", "val", "test")
 PROTECTED = {"train": 0, "val": 1, "test": 2}
 
@@ -23,13 +25,15 @@ def assign(
     """A split for every row: whole groups, balanced over label and domain.
 
     Groups are dealt one by one, the largest first and equals in the order of a hash; each goes to the
-    split that is furthest behind its share of the group's own mix of label and domain (iterative
-    stratification, Sechidis et al. 2011, with groups for rows). A group with an earlier row keeps that
-    row's split; where earlier rows disagree, as when a near-duplicate ties two groups together, the
-    most protected split wins, so that no row ever moves from test to train.
+    split that is furthest behind its share of what the group is made of (iterative stratification,
+    Sechidis et al. 2011, with groups for rows). The share counts within the label and domain together,
+    within each alone and over all: strata of two or three rows would all start with ``train`` otherwise.
+    A group with an earlier row keeps that row's split; where earlier rows disagree, as when a
+    near-duplicate ties two groups together, the most protected split wins, so that no row ever moves
+    from test to train.
 
     Args:
-        frame: columns ``id``, ``label``, ``domain``, ``group``.
+        frame: columns ``id``, ``label``, ``domain``, ``group``; at least one row.
         shares: wanted share of the rows per split; splits that are not named get no new group.
         seed: decides between equals.
         earlier: split by id, of rows that have one already.
@@ -37,48 +41,54 @@ def assign(
     Returns:
         A series of split names, on the frame's index.
     """
-    stratum = pd.factorize(frame["label"] + "\0" + frame["domain"], sort=True)[0]
     group, names = pd.factorize(frame["group"], sort=True)
-    strata = int(stratum.max()) + 1
-    order = np.lexsort((stratum, group))
-    counts, columns = _counts(group[order], stratum[order], len(names), strata)
-
-    fixed = _earlier_by_group(frame, group, len(names), earlier or {})
-    open_splits = [split for split in SPLITS if shares.get(split)]
-    wanted = np.array([shares[split] for split in open_splits])
-    have = np.zeros((strata, len(open_splits)))
+    column, count, bounds, width = _counts(frame, group, len(names))
+    choice = _earlier_by_group(frame, group, len(names), earlier or {})
+    open_splits = [PROTECTED[split] for split in SPLITS if shares.get(split)]
+    wanted = np.array([shares[SPLITS[split]] for split in open_splits])
+    fixed = np.repeat(choice, np.diff(bounds))
+    have = np.zeros((width, len(open_splits)))
     for i, split in enumerate(open_splits):
-        for g in np.flatnonzero(fixed == PROTECTED[split]):
-            have[columns[g], i] += counts[g]
+        np.add.at(have[:, i], column[fixed == split], count[fixed == split])
 
-    size = np.array([c.sum() for c in counts])
-    hashed = [hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest() for name in names]
-    choice = fixed.copy()
-    for g in sorted(np.flatnonzero(fixed < 0), key=lambda g: (-size[g], hashed[g])):
-        column, count = columns[g], counts[g]
-        # How far each split would be behind its share if this group went elsewhere.
-        total = have[column].sum(axis=1, keepdims=True) + count[:, None]
-        behind = ((total * wanted - have[column]) / wanted * count[:, None]).sum(axis=0)
-        best = int(np.argmax(behind))
-        have[column, best] += count
-        choice[g] = PROTECTED[open_splits[best]]
+    hashed = np.array([_order(f"{seed}\0{name}") for name in names])
+    deal = np.lexsort((hashed, -np.bincount(group)))
+    for g in progress.bar(deal[choice[deal] < 0], desc="dealing groups", unit="groups"):
+        part = slice(bounds[g], bounds[g + 1])
+        held, new = have[column[part]], count[part]
+        behind = new @ (wanted - held / (held.sum(axis=1) + new)[:, None])
+        best = int(np.argmax(behind.round(9)))  # equals stay equal on every machine
+        have[column[part], best] += new
+        choice[g] = open_splits[best]
     return pd.Series(np.array(SPLITS)[choice[group]], index=frame.index, name="split")
 
 
 def _counts(
-    group: np.ndarray, stratum: np.ndarray, groups: int, strata: int
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Rows per stratum of each group, as short lists: a group touches few strata. Input is sorted by group."""
-    key, count = np.unique(group * strata + stratum, return_counts=True)
-    bounds = np.searchsorted(key // strata, np.arange(1, groups))
-    return np.split(count, bounds), np.split(key % strata, bounds)
+    frame: pd.DataFrame, group: np.ndarray, groups: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Rows of each group per stratum, sparse: strata, counts, where each group's begin, number of strata.
+
+    A row counts in four strata: its label with its domain, its label, its domain, everything.
+    """
+    keys, width = [], 0
+    for values in (frame["label"] + "\0" + frame["domain"], frame["label"], frame["domain"], None):
+        code = np.zeros(len(frame), np.int64) if values is None else pd.factorize(values, sort=True)[0]
+        keys.append(code + width)
+        width += int(code.max()) + 1
+    key, count = np.unique(np.concatenate([group * 10**9 + k for k in keys]), return_counts=True)
+    owner, column = np.divmod(key, 10**9)
+    return column, count, np.searchsorted(owner, np.arange(groups + 1)), width
+
+
+def _order(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1  # fits int64
 
 
 def _earlier_by_group(
     frame: pd.DataFrame, group: np.ndarray, groups: int, earlier: Mapping[str, str]
 ) -> np.ndarray:
     """The most protected earlier split of each group, as a rank; -1 where there is none."""
-    ranks = frame["id"].map(earlier).map(PROTECTED).fillna(-1).to_numpy(int)
+    ranks = np.array([PROTECTED.get(earlier.get(row, ""), -1) for row in frame["id"]])
     most = np.full(groups, -1)
     np.maximum.at(most, group, ranks)
     return most

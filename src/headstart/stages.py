@@ -20,7 +20,7 @@ Stage = Callable[[Recipe, Layout], None]
 
 STAGES = {
     "validate": "headstart.validation:validate",
-    "fetch": "headstart.backbones:fetch",
+    "fetch": "headstart.fetching:fetch",
     "features": "headstart.features:features",
     "train": "headstart.training:train",
     "evaluate": "headstart.evaluation:evaluate",

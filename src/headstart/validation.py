@@ -8,8 +8,12 @@ is never dropped silently.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +26,16 @@ from headstart.recipe import Recipe, Validate
 
 EARLIER_SPLITS = ".splits.parquet"
 COLUMNS = ["id", "label", "confidence", "weight", "domain", "group", "split", "digest"]
+OPTIONAL = ["id", "domain", "group", "split", "left_out", "original", "place"]
+REPEATS = "repeats a row of a more protected split"
 SHOWN_PER_RULE = 20
 DECODERS = 2  # Pillow decodes without holding the interpreter's lock
+PICTURES_AT_ONCE = 1000
+# More than 8 bits a channel: turned into RGB, everything above 255 would become white.
+DEEP_MODES = ("I", "F")
+# A class is far off in a split if its rows differ by more than a quarter, and by more than 5, from what
+# the class's share of all rows would give.
+FAR_OFF, FAR_OFF_ROWS = 0.25, 5
 
 
 def validate(recipe: Recipe, layout: Layout) -> None:
@@ -35,187 +47,270 @@ def validate(recipe: Recipe, layout: Layout) -> None:
     """
     options = recipe.validate_
     frame = _completed(adapters.read(layout.raw, options))
-    content = "text" if "text" in frame else "path"
-    if content == "path":
-        thumbnails, broken = _pictures(layout.raw, frame, options)
-        _refuse(broken, layout)
-        keys = frame["digest"]
-    else:
-        frame["digest"] = frame["text"].map(lambda text: hashlib.sha256(text.encode()).hexdigest())
-        keys = frame["text"].map(duplicates.normalised)
     usable = frame["left_out"].isna().to_numpy()
     kept = frame[usable].reset_index(drop=True)
     if kept.empty:
         raise HeadstartError(
-            "no row is usable", where=str(layout.raw), table=_reasons(frame), do="check the data and the adapter"
+            "no row is usable",
+            where=str(layout.raw),
+            table=[f"{n} rows: {reason}" for reason, n in frame["left_out"].value_counts().items()],
+            do="check the data and the adapter",
         )
-    _refuse(schemas.failures(kept, options), layout)
+    content = "text" if "text" in frame else "path"
+    broken = schemas.failures(kept, options)
+    extra: dict[str, object] = {}
+    if content == "path":
+        pictures = _pictures(layout.raw, kept["path"].tolist(), options.min_image_side)
+        broken = pd.concat([broken, pictures.broken])
+        extra = {"modes": pictures.modes, "first_frame_only": pictures.animated}
+        kept["digest"] = keys = pictures.digests
+    else:
+        kept["digest"] = [hashlib.sha256(text.encode()).hexdigest() for text in kept["text"]]
+        keys = [duplicates.normalised(text) for text in kept["text"]]
+    _refuse(broken, layout)
 
-    pairs = {"duplicate_pairs": duplicates.exact(keys[usable].tolist())}
+    pairs = {"duplicate_pairs": duplicates.exact(keys)}
     if options.near_duplicates:
         near = (
-            duplicates.near_texts(kept["text"].tolist())
+            duplicates.near_texts(keys)
             if content == "text"
-            else duplicates.near_pictures(thumbnails[usable])
+            else duplicates.near_pictures(pictures.thumbnails)
         )
-        pairs["near_duplicate_pairs"] = near
-    kept, repeated = _in_splits(kept, np.concatenate(list(pairs.values())), options, layout)
+        code = pd.factorize(pd.Series(keys))[0]
+        pairs["near_duplicate_pairs"] = near[code[near[:, 0]] != code[near[:, 1]]]
+    label = kept["label"].to_numpy()
+    first, second = pairs["duplicate_pairs"].T
+    contradictions = int((label[first] != label[second]).sum())
+
+    kept, repeated = _in_splits(kept, np.concatenate(list(pairs.values())), options, _earlier(layout))
     classes = options.classes or sorted(set(kept["label"]))
     _refuse(schemas.split_failures(kept, options, classes), layout)
 
     left_out = pd.concat([frame[~usable], repeated])[["id", "left_out", content]]
-    left_out = left_out.rename(columns={"left_out": "reason", content: "value"}).sort_values("id")
-    mended = frame[frame["original"].notna()] if content == "text" else frame.iloc[:0].assign(text="")
-    repaired = mended[["id", "original", "text"]].rename(columns={"original": "before", "text": "after"})
-    manifest = kept[[COLUMNS[0], content, *COLUMNS[1:]]].sort_values("id")
-    manifest = manifest.astype({"confidence": "float32", "weight": "float32"})
+    left_out = left_out.rename(columns={"left_out": "reason", content: "value"})
+    repaired = frame.loc[frame["original"].notna(), ["id", "original", content]]
+    repaired = repaired.rename(columns={"original": "before", content: "after"})
+    manifest = kept[[COLUMNS[0], content, *COLUMNS[1:]]]
     report = {
         "rows": len(manifest),
-        "by_split": _counts(manifest, ["split"]),
-        "by_split_and_label": _counts(manifest, ["split", "label"]),
-        "by_split_and_domain": _counts(manifest, ["split", "domain"]),
-        "left_out": {str(reason): int(n) for reason, n in left_out["reason"].value_counts().sort_index().items()},
+        "by_split": _counts(manifest, "split"),
+        "by_split_and_label": _counts(manifest, "split", "label"),
+        "by_split_and_domain": _counts(manifest, "split", "domain"),
+        "far_off": _far_off(manifest),
+        "left_out": _counts(left_out, "reason"),
         "repaired": len(repaired),
         "groups": int(manifest["group"].nunique()),
         **{name: len(found) for name, found in pairs.items()},
+        "duplicates_with_another_label": contradictions,
+        **extra,
     }
     with written_whole(layout.manifest) as folder:
-        tables = {"manifest": manifest, "left_out": left_out, "repaired": repaired.sort_values("id")}
+        tables = {"manifest": manifest, "left_out": left_out, "repaired": repaired}
         for name, table in tables.items():
-            table.reset_index(drop=True).to_parquet(folder / f"{name}.parquet", index=False)
-        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            typed = table.astype({c: "float32" if c in ("confidence", "weight") else "str" for c in table})
+            # Ids are unique among the usable rows alone.
+            by = ["id"] if name == "manifest" else [str(column) for column in typed]
+            typed.sort_values(by, ignore_index=True).to_parquet(folder / f"{name}.parquet", index=False)
+        (folder / "report.json").write_text(
+            json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def _completed(frame: pd.DataFrame) -> pd.DataFrame:
-    """The adapter's frame with every optional column filled in."""
-    filled = frame.copy()
-    if "id" not in filled:
-        filled["id"] = filled["path"] if "path" in filled else _content_ids(filled)
-    for column in ("left_out", "original", "split"):
-        if column not in filled:
-            filled[column] = None
-    filled["split"] = filled["split"].astype(object).where(filled["split"].notna(), None)
-    domain = filled["domain"] if "domain" in filled else pd.Series(None, index=filled.index, dtype=object)
-    filled["domain"] = domain.astype(object).where(domain.notna() & (domain != ""), "all").astype(str)
-    group = filled["group"] if "group" in filled else pd.Series(None, index=filled.index, dtype=object)
-    filled["group"] = group.astype(object).where(group.notna() & (group != ""), filled["id"]).astype(str)
+    """The adapter's frame with every optional column filled in, and strings as strings."""
+    content = "text" if "text" in frame else "path"
+    filled = pd.DataFrame(index=frame.index)
+    for column in ("label", content, *OPTIONAL):
+        values = frame[column].tolist() if column in frame else [None] * len(frame)
+        strings = [None if pd.isna(value) else str(value) for value in values]
+        filled[column] = pd.Series(strings, dtype="str", index=frame.index)
+    filled["domain"] = filled["domain"].replace("", None).fillna("all")
+    filled["id"] = filled["id"].replace("", None)
+    filled["place"] = filled["id"].fillna(filled["place"])
+    if filled["id"].isna().any():
+        filled["id"] = filled["id"].fillna(filled["path"] if content == "path" else _content_ids(filled))
+        filled["place"] = filled["place"].fillna(filled["id"])
+    # Apart from the names that are given, lest row 7 joins group 7.
+    alone = filled["id"] if filled["group"].isna().all() else "row " + filled["id"]
+    filled["group"] = filled["group"].replace("", None).fillna(alone)
+    if filled["split"].notna().any():
+        filled["split"] = filled["split"].fillna("none")
     for column in ("confidence", "weight"):
-        filled[column] = filled[column].astype(float) if column in filled else 1.0
-    filled["digest"] = ""
+        given = pd.to_numeric(frame[column], errors="coerce") if column in frame else 1.0
+        filled[column] = pd.Series(given, index=frame.index, dtype="float64")
     return filled
 
 
 def _content_ids(frame: pd.DataFrame) -> pd.Series:
-    """An id from the row's own content: a row inserted above it does not change it."""
-    domain = frame["domain"].fillna("").astype(str) if "domain" in frame else ""
-    keys = domain + "\0" + frame["text"]
+    """An id from the row's own content: a row inserted above it does not change it.
+
+    The label is not part of it, so that a corrected label leaves a row in its split. Rows with the same
+    content are numbered in the order of what else they say.
+    """
+    keys = frame["domain"] + "\0" + frame["text"].fillna("")
     base = keys.map(lambda key: hashlib.blake2b(key.encode(), digest_size=8).hexdigest())
-    repeat = base.groupby(base).cumcount()
-    return base + repeat.map(lambda n: f"-{n + 1}" if n else "")
+    repeated = frame.assign(base=base)[base.duplicated(keep=False)]
+    number = repeated.sort_values(["base", "label", "group", "split"]).groupby("base").cumcount()
+    number = number[number > 0] + 1
+    base.loc[number.index] += "-" + number.astype(str)
+    return base
 
 
-def _pictures(raw: Path, frame: pd.DataFrame, options: Validate) -> tuple[np.ndarray, pd.DataFrame]:
-    """Open every usable picture: digest into the frame, thumbnails uint8 [n, 32, 32], and what is broken."""
-    thumbnails = np.zeros((len(frame), duplicates.THUMBNAIL, duplicates.THUMBNAIL), np.uint8)
-    digests = [""] * len(frame)
-    broken: list[dict[str, str]] = []
-    positions = np.flatnonzero(frame["left_out"].isna())
-    paths = frame["path"].tolist()
+@dataclass
+class Pictures:
+    """What opening every picture once has shown, in the order of the rows."""
 
-    def look(position: int) -> None:
-        found = _look(raw / paths[position], options.min_image_side, thumbnails[position])
-        if isinstance(found, dict):
-            broken.append({"id": paths[position], **found})
-        else:
-            digests[position] = found
-
-    with ThreadPoolExecutor(DECODERS) as pool:
-        for _ in progress.bar(
-            pool.map(look, positions), total=len(positions), desc="checking images", unit="images"
-        ):
-            pass
-    frame["digest"] = digests
-    table = pd.DataFrame(sorted(broken, key=lambda b: (b["rule"], b["id"])), columns=["rule", "id", "value", "do"])
-    return thumbnails, table
+    digests: list[str]
+    thumbnails: np.ndarray  # uint8 [n, 32, 32]
+    broken: pd.DataFrame
+    modes: dict[str, int]
+    animated: int  # pictures of several frames, of which the first counts
 
 
-def _look(path: Path, min_side: int, thumbnail: np.ndarray) -> dict[str, str] | str:
-    """Digest of a picture's bytes, its thumbnail written in place; or the rule that it breaks."""
-    import io
+def _pictures(raw: Path, paths: list[str], min_side: int) -> Pictures:
+    side = duplicates.THUMBNAIL
+    thumbnails = np.zeros((len(paths), side, side), np.uint8)
+    digests: list[str] = []
+    broken = []
+    modes: Counter[str] = Counter()
+    animated = 0
+    with (
+        ThreadPoolExecutor(DECODERS) as pool,
+        progress.bar(total=len(paths), desc="checking images", unit="images") as shown,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # Pillow's, of large pictures and odd palettes: both are fine
+        for start in range(0, len(paths), PICTURES_AT_ONCE):
+            batch = paths[start : start + PICTURES_AT_ONCE]
+            looks = pool.map(lambda path: _look(raw / path, min_side), batch)
+            for i, (path, look) in enumerate(zip(batch, looks, strict=True), start):
+                shown.update()
+                if isinstance(look, Look):
+                    thumbnails[i] = look.thumbnail
+                    modes[look.mode] += 1
+                    animated += look.frames > 1
+                else:
+                    broken.append((look[0], path, *look[1:]))
+                digests.append(look.digest if isinstance(look, Look) else "")
+    table = pd.DataFrame(broken, columns=schemas.COLUMNS)
+    return Pictures(digests, thumbnails, table, dict(sorted(modes.items())), animated)
 
-    from PIL import Image
+
+@dataclass
+class Look:
+    """One sound picture."""
+
+    digest: str
+    thumbnail: np.ndarray
+    mode: str
+    frames: int
+
+
+def _look(path: Path, min_side: int) -> Look | tuple[str, str, str]:
+    """Digest and thumbnail of a picture; or the rule that it breaks, the value, and what to do."""
+    from PIL import Image, UnidentifiedImageError
 
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
-        return {"rule": "file_exists", "value": "no such file", "do": "add the file, or delete its row"}
+    except OSError as error:
+        return "file_exists", str(error.strerror).lower(), "add the file, or delete its row"
+    replace = "replace or delete the file"
     try:
         with Image.open(io.BytesIO(data)) as image:
+            mode, frames = image.mode, getattr(image, "n_frames", 1)
             image.load()
             if min(image.size) < min_side:
                 size = f"{image.width} x {image.height}"
-                return {"rule": "large_enough", "value": size, "do": f"at least {min_side} pixels a side"}
+                return "large_enough", size, f"at least {min_side} pixels a side"
+            if mode.startswith(DEEP_MODES):
+                return "eight_bits", f"mode {mode}", "save the picture with 8 bits a channel"
             side = duplicates.THUMBNAIL
-            thumbnail[:] = np.asarray(image.convert("RGB").convert("L").resize((side, side), Image.Resampling.BOX))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return {"rule": "decodes", "value": str(error)[:80], "do": "replace or delete the file"}
-    return hashlib.sha256(data).hexdigest()
+            grey = image.convert("RGB").convert("L").resize((side, side), Image.Resampling.BILINEAR)
+            return Look(hashlib.sha256(data).hexdigest(), np.asarray(grey), mode, frames)
+    except UnidentifiedImageError:
+        return "decodes", f"not a picture ({len(data)} bytes)", replace
+    except Exception as error:  # decoders raise what they like on a damaged file
+        return "decodes", f"{error or type(error).__name__}"[:80], replace
+
+
+def _earlier(layout: Layout) -> dict[str, str]:
+    """Splits that rows had in the snapshot before this one."""
+    file = layout.raw / EARLIER_SPLITS
+    if not file.exists():
+        return {}
+    table = pd.read_parquet(file)
+    return dict(zip(table["id"], table["split"], strict=True))
 
 
 def _in_splits(
-    kept: pd.DataFrame, pairs: duplicates.Pairs, options: Validate, layout: Layout
+    kept: pd.DataFrame, pairs: duplicates.Pairs, options: Validate, earlier: dict[str, str]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows with groups merged over duplicates and a split each, and rows left out for their sake.
 
     Splits that the data themselves give stay as they are; a row that repeats one in a more protected
-    split is left out, so that what the test measures is not what training has seen.
+    split is left out, so that what the test measures is not what training has seen. With only train
+    and val, val is the held-out test, and validation rows are cut from train: a set that training
+    looks at cannot also be the judge. With train alone, nothing is given.
     """
     given = kept["split"]
-    if given.isna().all():
+    if not (given == "test").any():
+        given = given.replace("val", "test")
+    if not (given == "test").any():
         kept = kept.assign(group=duplicates.merge(kept["group"], pairs))
-        earlier_file = layout.raw / EARLIER_SPLITS
-        earlier = pd.read_parquet(earlier_file).set_index("id")["split"].to_dict() if earlier_file.exists() else {}
         shares = options.splits.model_dump()
         return kept.assign(split=splits.assign(kept, shares, options.seed, earlier)), kept.iloc[:0]
-    rank = given.map(splits.PROTECTED).fillna(0).to_numpy(int)
+    rank = given.map(splits.PROTECTED).to_numpy(int)
     first, second = pairs[:, 0], pairs[:, 1]
-    repeats = np.concatenate([first[rank[first] < rank[second]], second[rank[second] < rank[first]]])
     dropped = np.zeros(len(kept), bool)
-    dropped[repeats] = True
-    repeated = kept[dropped].assign(left_out="repeats a row of a more protected split")
+    dropped[first[rank[first] < rank[second]]] = True
+    dropped[second[rank[second] < rank[first]]] = True
+    repeated = kept[dropped].assign(left_out=REPEATS)
     still = ~(dropped[first] | dropped[second])
     renumbered = np.cumsum(~dropped) - 1
-    kept = kept[~dropped].reset_index(drop=True)
-    own_group = kept["group"]
-    kept = kept.assign(group=duplicates.merge(own_group, renumbered[pairs[still]]))
-    if not (kept["split"] == "val").any():
-        pool = kept["split"] == "train"
+    kept = kept.assign(split=given)[~dropped].reset_index(drop=True)
+    kept = kept.assign(group=duplicates.merge(kept["group"], renumbered[pairs[still]]))
+    pool = kept["split"] == "train"
+    if pool.any() and not (kept["split"] == "val").any():
         share = options.splits.val / (options.splits.train + options.splits.val)
-        cut = splits.assign(kept[pool], {"train": 1 - share, "val": share}, options.seed)
-        kept.loc[pool, "split"] = cut
+        open_to = {row: split for row, split in earlier.items() if split != "test"}
+        kept.loc[pool, "split"] = splits.assign(
+            kept[pool], {"train": 1 - share, "val": share}, options.seed, open_to
+        )
     return kept, repeated
 
 
-def _counts(frame: pd.DataFrame, columns: list[str]) -> dict[str, int]:
-    sizes = frame.groupby(columns).size()
-    return {"/".join([key] if isinstance(key, str) else key): int(n) for key, n in sizes.items()}
+def _counts(frame: pd.DataFrame, *columns: str) -> dict[str, int]:
+    sizes = frame.groupby(list(columns)).size().reset_index()
+    return {"/".join(key): int(n) for *key, n in sizes.to_numpy()}
 
 
-def _reasons(frame: pd.DataFrame) -> list[str]:
-    return [f"{n} rows: {reason}" for reason, n in frame["left_out"].value_counts().items()]
+def _far_off(manifest: pd.DataFrame) -> list[str]:
+    """Where a class's share of a split is far from its share of the whole, in words."""
+    counts = pd.crosstab(manifest["split"], manifest["label"])
+    expected = np.outer(counts.sum(axis=1), counts.sum(axis=0)) / len(manifest)
+    off = np.abs(counts.to_numpy() - expected)
+    far = (off > FAR_OFF * expected) & (off > FAR_OFF_ROWS)
+    return [
+        f"{counts.index[i]}: {counts.iloc[i, j]} rows of {counts.columns[j]}, {expected[i, j]:.0f} expected"
+        for i, j in np.argwhere(far)
+    ]
 
 
 def _refuse(failures: pd.DataFrame, layout: Layout) -> None:
     """Raise if there are failures, with a readable table and the full list as a file."""
     if failures.empty:
         return
+    failures = failures.astype("str").sort_values("rule", kind="stable", ignore_index=True)
     path = layout.work / "failures.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    failures.astype(str).to_parquet(path, index=False)
+    failures.to_parquet(path.with_suffix(".partial"), index=False)
+    path.with_suffix(".partial").replace(path)
     table = []
     for rule, cases in failures.groupby("rule", sort=True):
         table.append(f"{rule}: {len(cases)} failure{'s' if len(cases) > 1 else ''}; {cases['do'].iloc[0]}")
-        table += [f"  {case.id:.60}: {case.value:.60}" for case in cases.head(SHOWN_PER_RULE).itertuples()]
+        for case in cases[["id", "value"]].head(SHOWN_PER_RULE).to_numpy():
+            # One line a case, whatever the value holds.
+            table.append("  " + ": ".join(f"{' '.join(part.split()):.60}" for part in case if part))
         if len(cases) > SHOWN_PER_RULE:
             table.append(f"  ... and {len(cases) - SHOWN_PER_RULE} more")
     raise HeadstartError(

@@ -1,0 +1,366 @@
+"""Features: one pass of the frozen backbone over every row.
+
+Goes in: the manifest, the raw images or texts, and the backbone. Comes out: ``features/<recipe>/``, an array
+that training maps into memory. A killed run continues where it was. Never reads a label.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from headstart import backbones, devices, images, texts
+from headstart.errors import HeadstartError
+from headstart.layout import Layout, sha256_of, unwritable_named, written_whole
+from headstart.progress import bar
+from headstart.recipe import Features, Recipe
+
+Rows = NDArray[np.int64]
+Item = str | bytes | Path
+
+# On a CPU a batch should stay in its caches, on a GPU it should fill it.
+IMAGES_PER_BATCH = {"cpu": 8}
+TOKENS_PER_BATCH = {"cpu": 4096}
+ON_A_GPU = {"images": 256, "tokens": 65_536}
+# torch.compile takes 5 to 15 s to start. It repays that after about so many rows, as `make bench-features`
+# shows; the rule looks at rows and not at a clock, so that the same data give the same bytes.
+COMPILE_FROM = {"image": 4_000, "text": 50_000}
+ROWS_PER_SHARD = 2_000  # some 10 s of work: the most that a kill costs
+log = logging.getLogger(__name__)
+
+
+class Reader(Protocol):
+    """What one kind of item needs to become batches."""
+
+    batches: list[Rows]
+    smallest: int  # rows that a compiled network is at least given: other sizes would compile anew
+
+    def read(self, rows: Rows) -> tuple[NDArray[Any], ...]:
+        """The arrays of one batch, each [rows, ...]."""
+        ...
+
+
+class Images:
+    """Reader of images: uint8 [rows, side, side, 3]."""
+
+    def __init__(
+        self, items: Sequence[Path | bytes], spec: backbones.Spec, options: Features, on: str
+    ) -> None:
+        self.items = items
+        self.side = options.image_size or spec.preprocessing["image_size"]
+        self.interpolation = spec.preprocessing["interpolation"]
+        self.smallest = IMAGES_PER_BATCH.get(on, ON_A_GPU["images"])
+        self.batches = [
+            np.arange(start, min(start + self.smallest, len(items)))
+            for start in range(0, len(items), self.smallest)
+        ]
+
+    def read(self, rows: Rows) -> tuple[NDArray[np.uint8]]:
+        """Pixels of one batch."""
+        pixels = np.empty((len(rows), self.side, self.side, 3), np.uint8)
+        for place, row in enumerate(rows):
+            images.read(self.items[row], self.side, self.interpolation, pixels[place])
+        return (pixels,)
+
+
+class Texts:
+    """Reader of texts: token ids and mask, int64 [rows, longest]."""
+
+    smallest = 2  # one row alone would be compiled as a case of its own
+
+    def __init__(
+        self, items: Sequence[str], spec: backbones.Spec, options: Features, on: str, weights: Path
+    ) -> None:
+        config = json.loads((weights / "config.json").read_text(encoding="utf-8"))
+        self.padding = config.get("pad_token_id") or 0
+        most = min(options.max_tokens, spec.preprocessing["max_tokens"])
+        self.tokens = texts.tokenise(items, weights / "tokenizer.json", most)
+        budget = TOKENS_PER_BATCH.get(on, ON_A_GPU["tokens"])
+        self.batches = texts.batches(self.tokens.lengths, budget)
+
+    def read(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Ids and mask of one batch."""
+        return self.tokens.padded(rows, self.padding)
+
+
+class Tapped(nn.Module):
+    """A backbone behind its own preprocessing, that returns float32 [n, dim] of the layers wanted.
+
+    Images come in as uint8 [n, side, side, 3], texts as ids and mask, int64 [n, tokens] each.
+
+    Raises:
+        HeadstartError: a layer that the network does not have.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, spec: backbones.Spec, layers: Sequence[str] | None) -> None:
+        super().__init__()
+        self.network, self.layers = network, layers
+        self.dtype = next(network.parameters()).dtype
+        self.pooling = spec.preprocessing.get("pooling")
+        self.caught: dict[str, Tensor] = {}
+        known = dict(network.named_modules())
+        if unknown := [name for name in layers or () if name not in known]:
+            raise HeadstartError(
+                f"{spec.architecture} has no layer {', '.join(unknown)}",
+                where="features.layers",
+                table=[f"did you mean {near}?" for near in get_close_matches(unknown[0], known, n=3)],
+                do=f"its outermost layers are {', '.join(name for name, _ in network.named_children())}",
+            )
+        for name in layers or ():
+            known[name].register_forward_hook(partial(self._catch, name))
+        if spec.modality == "image":
+            for key in ("mean", "std"):
+                value = 255 * torch.tensor(spec.preprocessing[key]).view(1, 3, 1, 1)
+                self.register_buffer(key, value, persistent=False)
+
+    def _catch(self, name: str, module: nn.Module, given: Any, output: Any) -> None:
+        self.caught[name] = output[0] if isinstance(output, tuple) else output
+
+    def forward(self, first: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Vectors of one batch."""
+        if mask is None:
+            pixels = first.permute(0, 3, 1, 2).float()  # whose memory has the channels last already
+            pooled = self.network(((pixels - self.mean) / self.std).to(self.dtype))
+        else:
+            tokens = self.network(input_ids=first, attention_mask=mask)[0]
+            pooled = tokens[:, 0] if self.pooling == "cls" else averaged(tokens, mask)
+        if self.layers is None:
+            whole: Tensor = pooled.float()
+            return whole
+        caught = [self.caught.pop(name) for name in self.layers]
+        return torch.cat([averaged(output, mask) for output in caught], dim=1)
+
+
+class Extractor:
+    """A frozen backbone that turns items into vectors.
+
+    Args:
+        weights: a folder that ``fetch`` wrote.
+        options: which layers to tap, at what size and precision.
+        compiled: use torch.compile; where that fails, as without a C++ compiler, the network runs as it is.
+
+    Raises:
+        HeadstartError: the backbone is missing, or has no such layers.
+    """
+
+    def __init__(self, weights: Path, options: Features, compiled: bool = False) -> None:
+        self.weights, self.options = weights, options
+        self.device = devices.device()
+        self.dtype = devices.dtype(options.precision, self.device)
+        network, self.spec = backbones.load(weights)
+        self.network = Tapped(network.to(self.dtype), self.spec, options.layers).to(self.device)
+        if self.spec.modality == "image":
+            self.network = self.network.to(memory_format=torch.channels_last)
+        self.compiled = None
+        if compiled:
+            # Freezing folds BatchNorm into convolutions and lays weights out for the CPU's matrix units.
+            self.compiled = torch.compile(
+                self.network, dynamic=self.spec.modality == "text", options={"freezing": True}
+            )
+
+    def reader(self, items: Sequence[Item]) -> Reader:
+        """The items in batches, in an order that depends on nothing but them."""
+        if self.spec.modality == "text":
+            return Texts(items, self.spec, self.options, self.device.type, self.weights)  # type: ignore[arg-type]
+        return Images(items, self.spec, self.options, self.device.type)  # type: ignore[arg-type]
+
+    def __call__(self, items: Sequence[Item]) -> NDArray[np.float32]:
+        """float32 [items, dim], in the order of the items."""
+        reader = self.reader(items)
+        found: NDArray[np.float32] | None = None
+        for rows, vectors in self.run(reader, reader.batches):
+            if found is None:
+                found = np.empty((len(items), vectors.shape[1]), np.float32)
+            found[rows] = vectors
+        return np.empty((0, 0), np.float32) if found is None else found
+
+    def run(self, reader: Reader, batches: Sequence[Rows]) -> Iterator[tuple[Rows, NDArray[np.float32]]]:
+        """Rows and their vectors, float32 [rows, dim], batch by batch.
+
+        The next batches are read in other threads meanwhile: decoding lets go of the interpreter's lock.
+        """
+        for rows, arrays in _ahead(reader, batches):
+            least = reader.smallest if self.compiled else 0
+            tensors = [torch.from_numpy(_filled(array, least)).to(self.device) for array in arrays]
+            with torch.inference_mode():
+                yield rows, self._forward(*tensors)[: len(rows)].cpu().numpy()
+
+    def _forward(self, *tensors: Tensor) -> Tensor:
+        if self.compiled is not None:
+            try:
+                compiled: Tensor = self.compiled(*tensors)
+                return compiled
+            except Exception as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                log.warning("torch.compile does not work here, running without it: %s", reason[:200])
+                self.compiled = None
+        plain: Tensor = self.network(*tensors)
+        return plain
+
+
+def features(recipe: Recipe, layout: Layout) -> None:
+    """Write ``features/<recipe>/`` as docs/reference/files.md describes it.
+
+    Disk: the array once, in ``.headstart/<recipe>/`` until it is whole. Memory: the network, a few batches,
+    and of texts the tokens.
+
+    Raises:
+        HeadstartError: the manifest or the backbone is missing, a layer does not exist, an image cannot be
+            read, or the disk is full.
+    """
+    ids, items, digest = _rows(recipe, layout)
+    wanted = recipe.features.compile
+    compiled = len(items) >= COMPILE_FROM[recipe.modality] if wanted is None else wanted
+    extractor = Extractor(layout.weights, recipe.features, compiled)
+    described = {
+        "rows": len(items),
+        "layers": recipe.features.layers,
+        "precision": str(extractor.dtype).removeprefix("torch."),
+        "backbone_sha256": extractor.spec.sha256,
+        "manifest_sha256": digest,
+    }
+    with unwritable_named(layout.features):
+        array = _extract(extractor, items, layout.work / "features", described | {"compiled": compiled})
+    dim = int(np.load(array, mmap_mode="r").shape[1])
+    with written_whole(layout.features) as folder:
+        shutil.move(array, folder / "features.npy")
+        ids.to_parquet(folder / "ids.parquet", index=False)
+        text = json.dumps(described | {"dim": dim}, indent=2, sort_keys=True) + "\n"
+        (folder / "features.json").write_text(text, encoding="utf-8")
+    shutil.rmtree(layout.work / "features", ignore_errors=True)
+
+
+def _rows(recipe: Recipe, layout: Layout) -> tuple[Any, list[Item], str]:
+    """Ids as a frame, items in the same order, and the manifest's digest."""
+    import pandas as pd
+
+    path = layout.manifest / "manifest.parquet"
+    column = "text" if recipe.modality == "text" else "path"
+    try:
+        digest = sha256_of(path)
+        table = pd.read_parquet(path)
+    except FileNotFoundError as error:
+        raise HeadstartError(
+            "there is no manifest",
+            where=str(error.filename),
+            do=f"run `dvc repro validate@{layout.recipe}`",
+        ) from None
+    if column not in table:
+        raise HeadstartError(
+            f"{recipe.fetch.backbone} reads a {column}, but the rows have none",
+            where=str(path),
+            do="take a backbone for this kind of data in fetch.backbone, or another validate.adapter",
+        )
+    content = table[column].tolist()
+    return table[["id"]], content if column == "text" else [layout.raw / name for name in content], digest
+
+
+def _extract(extractor: Extractor, items: Sequence[Item], work: Path, key: dict[str, Any]) -> Path:
+    """The path of a whole float16 array [items, dim], continued from what a killed run has left.
+
+    Every finished shard is on the disk before the journal names it, so a kill costs one shard. The file has
+    its full size from the start: a disk that is too small is found out at once.
+    """
+    library = Path(__file__).parent
+    code = [sha256_of(library / f"{name}.py") for name in ("backbones", "features", "images", "texts")]
+    text = json.dumps([key, extractor.options.model_dump(), code], sort_keys=True)
+    folder = work / hashlib.sha256(text.encode()).hexdigest()[:16]
+    array, journal = folder / "features.npy", folder / "shards"
+    for other in set(work.glob("*")) - {folder}:
+        shutil.rmtree(other, ignore_errors=True)
+    reader = extractor.reader(items)
+    shards = _shards(reader.batches)
+    done = _journalled(journal) if array.exists() else set()
+    if done:
+        log.info("continuing after %d of %d shards", len(done), len(shards))
+    rows_done = sum(len(rows) for shard in done for rows in shards[shard])
+    with bar(total=len(items), initial=rows_done, desc="extracting features", unit=" rows") as progress:
+        target: Any = np.load(array, mmap_mode="r+") if done else None
+        for number in sorted(set(range(len(shards))) - done):
+            for rows, vectors in extractor.run(reader, shards[number]):
+                if target is None:
+                    target = _allocated(array, (len(items), vectors.shape[1]))
+                target[rows] = vectors
+                progress.update(len(rows))
+            target.flush()
+            with journal.open("a", encoding="ascii") as file:
+                file.write(f"{number}\n")
+                os.fsync(file.fileno())
+    return array
+
+
+def _shards(batches: Sequence[Rows]) -> list[list[Rows]]:
+    """Batches in runs of about ``ROWS_PER_SHARD`` rows."""
+    ends = np.cumsum([len(rows) for rows in batches])
+    numbers = (ends - 1) // ROWS_PER_SHARD
+    return [[batches[i] for i in np.flatnonzero(numbers == n).tolist()] for n in np.unique(numbers)]
+
+
+def _journalled(journal: Path) -> set[int]:
+    """Numbers of the finished shards; a last line that was cut short does not count."""
+    if not journal.exists():
+        return set()
+    *lines, _ = journal.read_text(encoding="ascii").split("\n")
+    return {int(line) for line in lines}
+
+
+def _allocated(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
+    """A new float16 .npy file with all its bytes written: a sparse one would die of a full disk by signal."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (path.parent / "shards").unlink(missing_ok=True)
+    with path.open("wb") as file:
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        left, zeros = 2 * shape[0] * shape[1], bytes(1 << 20)
+        while left:
+            left -= file.write(zeros[: min(left, len(zeros))])
+    mapped: np.memmap[Any, Any] = np.load(path, mmap_mode="r+")
+    return mapped
+
+
+def _ahead(reader: Reader, batches: Sequence[Rows]) -> Iterator[tuple[Rows, tuple[NDArray[Any], ...]]]:
+    """Each batch with its arrays, read a few batches ahead by as many threads as there are cores."""
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: list[tuple[Rows, Future[tuple[NDArray[Any], ...]]]] = []
+        for rows in batches:
+            waiting.append((rows, pool.submit(reader.read, rows)))
+            if len(waiting) > 2 * threads:
+                first, future = waiting.pop(0)
+                yield first, future.result()
+        for first, future in waiting:
+            yield first, future.result()
+
+
+def _filled(array: NDArray[Any], rows: int) -> NDArray[Any]:
+    """The array with its last row repeated until there are at least so many."""
+    short = rows - len(array)
+    return np.concatenate([array, np.repeat(array[-1:], short, axis=0)]) if short > 0 else array
+
+
+def averaged(output: Tensor, mask: Tensor | None) -> Tensor:
+    """float32 [n, c]: mean over the positions of [n, c, h, w], [n, tokens, c] or [n, c], padding aside."""
+    output = output.float()
+    if output.ndim == 4:
+        return output.mean(dim=(2, 3))
+    if output.ndim == 3 and mask is not None:
+        weights = mask.unsqueeze(-1).float()
+        return (output * weights).sum(dim=1) / weights.sum(dim=1)
+    return output.mean(dim=1) if output.ndim == 3 else output

@@ -1,0 +1,64 @@
+"""Images: files or bytes as square arrays of pixels, upright and in three channels.
+
+Goes in: paths, or the bytes of files. Comes out: uint8 arrays in the memory order that networks are fastest
+with. Never crops, and never scales values: that is the backbone's.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.errors import HeadstartError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Pixels = NDArray[np.uint8]
+
+
+def read(item: Path | bytes, side: int, interpolation: str, into: Pixels) -> None:
+    """Decode one image, squeeze it into a square, and write it to ``into``, uint8 [side, side, 3].
+
+    The whole picture is kept: a defect in a corner is as good as one in the middle. Grey pictures are resized
+    in one channel, large JPEGs decoded at a fraction of their size; about 1 ms an image either way.
+
+    Args:
+        item: a file's path, or its bytes.
+        side: pixels of the square.
+        interpolation: ``nearest``, ``bilinear``, ``bicubic`` or another name of Pillow's filters.
+        into: where the pixels go.
+
+    Raises:
+        HeadstartError: no such file, or not an image.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(item if isinstance(item, Path) else io.BytesIO(item)) as image:
+            image.draft(None, (2 * side, 2 * side))  # JPEG only: decodes at the next larger eighth
+            upright = _eight_bits(ImageOps.exif_transpose(image))
+            resized = upright.resize((side, side), Image.Resampling[interpolation.upper()])
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        name = str(item) if isinstance(item, Path) else f"{len(item)} bytes"
+        raise HeadstartError(
+            "an image cannot be read",
+            where=f"{name}: {error}" if str(item) not in str(error) else str(error),
+            do="replace the file, or leave it out",
+        ) from error
+    pixels = np.asarray(resized)
+    into[:] = pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def _eight_bits(image: Image) -> Image:
+    """The image in mode L or RGB; 16-bit grey keeps its upper eight bits, where Pillow would cut it off."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.int64)
+        return Image.fromarray((grey.clip(0, 65535) >> 8).astype(np.uint8))
+    return image if image.mode == "L" else image.convert("L" if image.mode in {"1", "LA"} else "RGB")

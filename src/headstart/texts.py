@@ -1,0 +1,66 @@
+"""Texts: tokens packed end to end, and batches in which hardly any place is padding.
+
+Goes in: texts and a tokenizer.json. Comes out: token ids, and batches of texts of nearly one length. Never
+changes a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+CHUNK = 10_000  # texts tokenised at a time: the tokenizer's own objects are a hundred times their ids
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of all texts in one array; those of text i are ``ids[bounds[i]:bounds[i + 1]]``."""
+
+    ids: NDArray[np.int32]  # [all tokens]
+    bounds: NDArray[np.int64]  # [texts + 1]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """int64 [texts]: tokens of each."""
+        return np.diff(self.bounds)
+
+    def padded(self, rows: NDArray[np.int64], padding: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The ids of these texts and 1 where there is one, both int64 [rows, longest of them]."""
+        lengths = self.lengths[rows]
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        ids = np.full(mask.shape, padding, np.int64)
+        ids[mask] = np.concatenate([self.ids[self.bounds[row] : self.bounds[row + 1]] for row in rows])
+        return ids, mask.astype(np.int64)
+
+
+def tokenise(texts: Sequence[str], tokenizer: Path, max_tokens: int) -> Tokens:
+    """Tokens of each text, with the marks that the network expects around them, cut at ``max_tokens``."""
+    from tokenizers import Tokenizer
+
+    cutter = Tokenizer.from_file(str(tokenizer))
+    cutter.no_padding()
+    cutter.enable_truncation(max_tokens)
+    ids, lengths = [], [np.zeros(1, np.int64)]
+    for start in range(0, len(texts), CHUNK):
+        encoded = [found.ids for found in cutter.encode_batch_fast(list(texts[start : start + CHUNK]))]
+        lengths.append(np.array([len(found) for found in encoded]))
+        ids.append(np.concatenate([np.array(found, np.int32) for found in encoded]))
+    return Tokens(np.concatenate(ids or [np.empty(0, np.int32)]), np.cumsum(np.concatenate(lengths)))
+
+
+def batches(lengths: NDArray[np.int64], tokens: int) -> list[NDArray[np.int64]]:
+    """Rows in batches of about ``tokens`` places, the longest first: what does not fit fails at once.
+
+    Equal lengths stay in order, so the same texts make the same batches.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    found, start = [], 0
+    while start < len(order):
+        size = max(1, tokens // int(lengths[order[start]]))
+        found.append(order[start : start + size])
+        start += size
+    return found

@@ -1,0 +1,125 @@
+"""A web server on loopback that misbehaves on request, and remembers what it was asked."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@dataclass
+class Loopback:
+    """Files by path, and how to serve them.
+
+    Args:
+        files: what there is to get; a query is ignored.
+        headers: more headers, by path.
+        ranges: honour Range and If-Range.
+        tagged: send an ETag.
+        statuses: (status, headers) for the next requests, before all goes well.
+        drops: after how many bytes the next downloads are cut off.
+        hold: after how many bytes a download waits for ``release``.
+        login: "user:password" that every request must carry.
+    """
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    headers: dict[str, dict[str, str]] = field(default_factory=dict)
+    ranges: bool = True
+    tagged: bool = True
+    statuses: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+    drops: list[int] = field(default_factory=list)
+    hold: int | None = None
+    login: str = ""
+    asked: list[tuple[str, str, str]] = field(default_factory=list)
+    release: threading.Event = field(default_factory=threading.Event)
+    host: str = ""
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}"
+
+    def downloads(self, path: str) -> list[str]:
+        """The Range of each GET of a path, in order; "" for the whole."""
+        return [wanted for method, asked, wanted in self.asked if method == "GET" and asked == path]
+
+
+@contextmanager
+def serving(loopback: Loopback) -> Iterator[Loopback]:
+    """Serve until the block ends; all threads are done then."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            self.close_connection = True
+            path, wanted = self.path.partition("?")[0], self.headers.get("Range", "")
+            loopback.asked.append((self.command, path, wanted))
+            login = base64.b64encode(loopback.login.encode()).decode()
+            if loopback.statuses:
+                self.answer(*loopback.statuses.pop(0))
+            elif loopback.login and self.headers.get("Authorization") != f"Basic {login}":
+                self.answer(401, {"WWW-Authenticate": "Basic"})
+            elif path not in loopback.files:
+                self.answer(404, {})
+            else:
+                self.give(path, loopback.files[path], wanted)
+
+        def answer(self, status: int, headers: dict[str, str], length: int = 0) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            if "Content-Length" not in headers:
+                self.send_header("Content-Length", str(length))
+            self.send_header("Connection", "close")
+            self.end_headers()
+
+        def give(self, path: str, content: bytes, wanted: str) -> None:
+            tag = f'"{hashlib.sha256(content).hexdigest()}"'
+            headers = ({"ETag": tag} if loopback.tagged else {}) | loopback.headers.get(path, {})
+            match = re.fullmatch(r"bytes=(\d+)-", wanted) if loopback.ranges else None
+            start = 0
+            if match and self.headers.get("If-Range", tag) == tag:
+                start = int(match[1])
+                if start >= len(content):
+                    self.answer(416, headers | {"Content-Range": f"bytes */{len(content)}"})
+                    return
+                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            body = content[start:]
+            self.answer(206 if "Content-Range" in headers else 200, headers, len(body))
+            if self.command == "HEAD":
+                return
+            if loopback.drops:
+                body = body[: loopback.drops.pop(0)]
+            try:
+                if loopback.hold is not None and not loopback.release.is_set():
+                    self.wfile.write(body[: loopback.hold])
+                    self.wfile.flush()
+                    loopback.release.wait(60)
+                    body = body[loopback.hold :]
+                self.wfile.write(body)
+            except OSError:  # whoever asked was killed
+                pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = False
+    loopback.host = f"127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield loopback
+    finally:
+        loopback.release.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
