@@ -251,7 +251,7 @@ def test_bytes_of_an_older_encoding_are_read_as_windows_1252(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "text",
     [
-        "AT&amp;T &lt;3",
+        "AT&amp;T &lt;3 café",
         "“curly” \u2018quotes\u2019…",
         "\ufb01ne \uff57\uff49\uff44\uff45",
         "e\u0301",

@@ -95,6 +95,11 @@ def test_newcomers_never_move_a_row_and_are_balanced_around_it() -> None:
     assert (counts[list(SHARES)] - list(SHARES.values())).abs().max(axis=None) < 0.02
 
 
+def test_newcomers_make_up_for_what_earlier_rows_lack() -> None:
+    after = split(rows(1000), earlier=dict.fromkeys(rows(300)["id"], "train"))
+    assert pd.Series(after).value_counts().to_dict() == {"train": 600, "val": 200, "test": 200}
+
+
 def test_without_the_earlier_splits_newcomers_would_move_rows() -> None:
     before, after = split(rows(300)), split(rows(1000))
     assert any(after[row] != before[row] for row in before)

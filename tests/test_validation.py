@@ -413,27 +413,16 @@ def test_a_class_of_the_recipe_without_any_row_is_refused(tmp_path: Path) -> Non
     assert set(only(failures, "rows_per_class")) == {"train, so so", "val, so so", "test, so so"}
 
 
-def deep(layout: Layout) -> Path:
-    path = layout.raw / "dark/deep.png"
-    Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 15).save(path)
-    return path
-
-
-def damaged(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
-
-
 def test_damaged_and_unsuitable_pictures_are_refused_all_at_once(tmp_path: Path) -> None:
     layout = pictures(tmp_path)
     dark = layout.raw / "dark"
     whole = (dark / "000.png").read_bytes()
-    damaged(dark / "truncated.png", whole[: len(whole) // 2])
-    damaged(dark / "empty.png", b"")
-    damaged(dark / "words.jpg", b"not a picture")
-    damaged(dark / "bomb.png", whole[:16] + struct.pack(">II", 10**6, 10**6) + whole[24:])
+    (dark / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (dark / "empty.png").touch()
+    (dark / "words.jpg").write_bytes(b"not a picture")
+    (dark / "bomb.png").write_bytes(whole[:16] + struct.pack(">II", 10**6, 10**6) + whole[24:])
     Image.new("RGB", (1, 1)).save(dark / "pixel.png")
-    deep(layout)
+    Image.new("F", (64, 64)).save(dark / "numbers.tiff")
     failures = refused(recipe(PICTURES), layout)
     found = {(case.rule, case.id.removeprefix("dark/")): case.value for case in failures.itertuples()}
     assert set(found) == {
@@ -442,7 +431,7 @@ def test_damaged_and_unsuitable_pictures_are_refused_all_at_once(tmp_path: Path)
         ("decodes", "words.jpg"),
         ("decodes", "bomb.png"),
         ("large_enough", "pixel.png"),
-        ("eight_bits", "deep.png"),
+        ("known_mode", "numbers.tiff"),
     }
     assert found["decodes", "empty.png"] == "not a picture (0 bytes)"
     assert found["large_enough", "pixel.png"] == "1 x 1"
@@ -468,10 +457,28 @@ def test_pictures_of_every_usual_mode_are_fine_and_counted(tmp_path: Path) -> No
     ):
         scene.convert(mode).save(layout.raw / "dark" / name)
     scenes[0].save(layout.raw / "dark/moving.gif", save_all=True, append_images=scenes[1:])
+    for i in range(2):  # all brighter than 255, yet not the same picture
+        depth = np.random.default_rng(i).integers(256, 65536, (40, 40), dtype=np.uint16)
+        Image.fromarray(depth).save(layout.raw / f"dark/{i} of 16 bits.png")
     validate(recipe(PICTURES), layout)
     counted = report(layout)
-    assert counted["modes"] == {"1": 1, "CMYK": 1, "L": 1, "LA": 1, "P": 2, "RGB": 60, "RGBA": 1}
+    assert counted["modes"] == {"1": 1, "CMYK": 1, "I;16": 2, "L": 1, "LA": 1, "P": 2, "RGB": 60, "RGBA": 1}
     assert counted["first_frame_only"] == 1
+    assert counted["groups"] == counted["rows"] == 69
+
+
+def test_a_picture_turned_by_its_camera_and_the_same_turned_for_good_are_near_duplicates(
+    tmp_path: Path,
+) -> None:
+    layout = pictures(tmp_path)
+    small = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    scene = Image.fromarray(small).resize((160, 120))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to see it upright
+    scene.save(layout.raw / "dark/camera.jpg", exif=exif)
+    scene.transpose(Image.Transpose.ROTATE_270).save(layout.raw / "dark/turned.png")
+    validate(recipe(PICTURES), layout)
+    assert report(layout)["near_duplicate_pairs"] == 1
 
 
 ADAPTER = """
@@ -498,6 +505,7 @@ def rows(raw, options):
         ("{'weight': -1.0}", "positive_weight", "-1.0"),
         ("{'weight': float('inf')}", "positive_weight", "inf"),
         ("{'label': None}", "value_missing", "no label"),
+        ("{'text': None}", "value_missing", "no text"),
     ],
 )
 def test_rows_of_ones_own_adapter_obey_the_same_rules(

@@ -31,8 +31,6 @@ REPEATS = "repeats a row of a more protected split"
 SHOWN_PER_RULE = 20
 DECODERS = 2  # Pillow decodes without holding the interpreter's lock
 PICTURES_AT_ONCE = 1000
-# More than 8 bits a channel: turned into RGB, everything above 255 would become white.
-DEEP_MODES = ("I", "F")
 # A class is far off in a split if its rows differ by more than a quarter, and by more than 5, from what
 # the class's share of all rows would give.
 FAR_OFF, FAR_OFF_ROWS = 0.25, 5
@@ -58,15 +56,16 @@ def validate(recipe: Recipe, layout: Layout) -> None:
         )
     content = "text" if "text" in frame else "path"
     broken = schemas.failures(kept, options)
+    contents = kept[content].fillna("").tolist()
     extra: dict[str, object] = {}
     if content == "path":
-        pictures = _pictures(layout.raw, kept["path"].tolist(), options.min_image_side)
+        pictures = _pictures(layout.raw, contents, options.min_image_side)
         broken = pd.concat([broken, pictures.broken])
         extra = {"modes": pictures.modes, "first_frame_only": pictures.animated}
         kept["digest"] = keys = pictures.digests
     else:
-        kept["digest"] = [hashlib.sha256(text.encode()).hexdigest() for text in kept["text"]]
-        keys = [duplicates.normalised(text) for text in kept["text"]]
+        kept["digest"] = [hashlib.sha256(text.encode()).hexdigest() for text in contents]
+        keys = [duplicates.normalised(text) for text in contents]
     _refuse(broken, layout)
 
     pairs = {"duplicate_pairs": duplicates.exact(keys)}
@@ -208,7 +207,7 @@ class Look:
 
 def _look(path: Path, min_side: int) -> Look | tuple[str, str, str]:
     """Digest and thumbnail of a picture; or the rule that it breaks, the value, and what to do."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         data = path.read_bytes()
@@ -222,10 +221,14 @@ def _look(path: Path, min_side: int) -> Look | tuple[str, str, str]:
             if min(image.size) < min_side:
                 size = f"{image.width} x {image.height}"
                 return "large_enough", size, f"at least {min_side} pixels a side"
-            if mode.startswith(DEEP_MODES):
-                return "eight_bits", f"mode {mode}", "save the picture with 8 bits a channel"
+            if mode == "F":  # nothing says which number is white
+                return "known_mode", f"mode {mode}", "save the picture with 8 or 16 bits a channel"
+            upright = ImageOps.exif_transpose(image)
+            if mode.startswith("I"):  # 16 bits: Pillow itself would make everything above 255 white
+                upper = np.asarray(upright).astype(np.int64).clip(0, 65535) >> 8
+                upright = Image.fromarray(upper.astype(np.uint8))
             side = duplicates.THUMBNAIL
-            grey = image.convert("RGB").convert("L").resize((side, side), Image.Resampling.BILINEAR)
+            grey = upright.convert("RGB").convert("L").resize((side, side), Image.Resampling.BILINEAR)
             return Look(hashlib.sha256(data).hexdigest(), np.asarray(grey), mode, frames)
     except UnidentifiedImageError:
         return "decodes", f"not a picture ({len(data)} bytes)", replace
