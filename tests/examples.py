@@ -19,7 +19,9 @@ def write_texts(path: Path, rows: int = 240, seed: int = 0, start: int = 0) -> N
         mood = ("happy", "unhappy")[i % 2]
         words = chance.choice(GOOD if mood == "happy" else BAD)
         tail = " ".join(chance.sample(THINGS, 4))
-        lines.append(f"the {chance.choice(THINGS)} number {i} was {words} next to {tail},{mood},{'ab'[i // 2 % 2]}")
+        lines.append(
+            f"the {chance.choice(THINGS)} number {i} was {words} next to {tail},{mood},{'ab'[i // 2 % 2]}"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -43,7 +45,15 @@ def write_bert(folder: Path) -> None:
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     words = " ".join([*GOOD, *BAD, *THINGS, "the number was next to"]).split()
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(words)), *"abcdefghijklmnopqrstuvwxyz"]
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *sorted(set(words)),
+        *"abcdefghijklmnopqrstuvwxyz",
+    ]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
@@ -86,7 +96,9 @@ def write_efficientnet(path: Path) -> None:
 def write_recipe(path: Path, **blocks: object) -> None:
     """A recipe from its blocks (JSON is YAML)."""
     defaults: dict[str, object] = {"features": {}, "train": {}, "evaluate": {}}
-    path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in (defaults | blocks).items()) + "\n")
+    path.write_text(
+        "\n".join(f"{key}: {json.dumps(value)}" for key, value in (defaults | blocks).items()) + "\n"
+    )
 
 
 def write_text_project(root: Path, name: str = "moods", rows: int = 240) -> None:

@@ -40,7 +40,7 @@ def test_every_recipe_in_the_docs_loads_and_is_short(language: str, body: str, t
 
 @pytest.mark.parametrize(("language", "body"), of_language("sh"))
 def test_every_command_in_the_docs_exists(language: str, body: str) -> None:
-    commands = {name for name in typer.main.get_command(cli.app).commands}  # type: ignore[attr-defined]
+    commands = set(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for line in body.splitlines():
         if match := re.match(r"(?:\w+=\S+ )*headstart ([a-z-]+)", line):
@@ -63,10 +63,10 @@ def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("name", ["recipes/recipe.schema.json", "docs/reference/recipe.md", "docs/reference/cli.md"])
-def test_the_generated_pages_are_current(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    "name", ["recipes/recipe.schema.json", "docs/reference/recipe.md", "docs/reference/cli.md"]
+)
+def test_the_generated_pages_are_current(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["generate.py", str(tmp_path)])
     runpy.run_path(str(ROOT / "docs/reference/generate.py"), run_name="__main__")
     assert (tmp_path / name).read_text(encoding="utf-8") == (ROOT / name).read_text(encoding="utf-8"), (

@@ -47,7 +47,9 @@ def library_modules_used(module: str) -> set[str]:
         if name in seen or not (LIBRARY / f"{name}.py").exists():
             continue
         seen.add(name)
-        waiting += [full.split(".")[1] for full in imported(LIBRARY / f"{name}.py") if full.startswith("headstart.")]
+        waiting += [
+            full.split(".")[1] for full in imported(LIBRARY / f"{name}.py") if full.startswith("headstart.")
+        ]
     return seen - PLUMBING
 
 
@@ -82,4 +84,6 @@ def test_one_word_names_a_stage_everywhere() -> None:
 
 def test_no_drawer_for_odds_and_ends() -> None:
     names = {path.stem for folder in ("src", "tasks", "flows") for path in (ROOT / folder).rglob("*.py")}
-    assert not {name for name in names if name.strip("_") in {"utils", "helpers", "common", "manager", "misc"}}
+    assert not {
+        name for name in names if name.strip("_") in {"utils", "helpers", "common", "manager", "misc"}
+    }

@@ -58,7 +58,9 @@ def test_a_missing_block_says_what_to_write(tmp_path: Path) -> None:
 
 
 def test_all_faults_are_shown_together(tmp_path: Path) -> None:
-    text = mistakes(tmp_path, GOOD.replace("evaluate: {}", "evaluate: {confidence: 2}").replace("source:", "sauce:"))
+    text = mistakes(
+        tmp_path, GOOD.replace("evaluate: {}", "evaluate: {confidence: 2}").replace("source:", "sauce:")
+    )
     assert "evaluate.confidence" in text
     assert "ingest.sauce" in text
 
@@ -93,7 +95,9 @@ def test_the_digest_sees_every_choice_and_no_comment(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(GOOD, encoding="utf-8")
     digest = load(path).digest()
-    path.write_text("# a remark\n" + GOOD.replace("features: {}", "features:\n  max_tokens: 128"), encoding="utf-8")
+    path.write_text(
+        "# a remark\n" + GOOD.replace("features: {}", "features:\n  max_tokens: 128"), encoding="utf-8"
+    )
     assert load(path).digest() == digest  # the default, spelled out
     path.write_text(GOOD.replace("train:", "train:\n  seed: 1"), encoding="utf-8")
     assert load(path).digest() != digest

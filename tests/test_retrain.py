@@ -25,7 +25,9 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory, session_environment: dict[str, str]) -> tuple[Project, str]:
+def texts(
+    tmp_path_factory: pytest.TempPathFactory, session_environment: dict[str, str]
+) -> tuple[Project, str]:
     """A text project after its first run, and what the run printed."""
     project = clone(tmp_path_factory.mktemp("texts") / "project", session_environment)
     examples.write_text_project(project.root)

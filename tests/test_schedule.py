@@ -26,14 +26,17 @@ PATIENCE = 180  # seconds: a cron of every minute, a cold start, and a slow mach
 @contextmanager
 def running(project: Project, *command: str, environment: dict[str, str], log: Path) -> Iterator[None]:
     """A process and all its children, gone at the end."""
-    with log.open("w") as file, subprocess.Popen(
-        command,
-        cwd=project.root,
-        env=environment,
-        stdout=file,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    ) as process:
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            command,
+            cwd=project.root,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process,
+    ):
         try:
             yield
         finally:
@@ -86,7 +89,9 @@ def test_a_cron_schedule_fires_and_the_scheduled_run_registers_a_model(
         with running(project, *worker, environment=environment, log=tmp_path / "worker.log"):
             deadline = time.monotonic() + PATIENCE
             while not (states := scheduled_runs(here)).get("Completed"):
-                assert "Failed" not in states and "Crashed" not in states, (tmp_path / "worker.log").read_text()
+                assert "Failed" not in states and "Crashed" not in states, (
+                    tmp_path / "worker.log"
+                ).read_text()
                 assert time.monotonic() < deadline, (states, (tmp_path / "worker.log").read_text())
                 time.sleep(2)
     assert (project.root / "evidence/moods/summary.md").exists()

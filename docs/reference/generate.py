@@ -53,7 +53,6 @@ def _sentence(text: str | None) -> str:
 def cli_reference() -> str:
     """Every command's help, as Markdown."""
     group = typing.cast(click.Group, typer.main.get_command(cli.app))
-    context = click.Context(group, info_name="headstart", terminal_width=100, max_content_width=100)
     lines = ["# Command line", "", "`headstart --help` lists the commands; each has its own `--help`.", ""]
     for name, command in group.commands.items():
         lines += [f"## `headstart {name}`", "", _sentence(command.help), ""]

@@ -220,9 +220,9 @@ def _summary(
         "",
         "## How to read this",
         "",
-        f"- Of intervals made this way {share} hold the number that endlessly many further groups from the same "
-        "places would give. Whole groups are resampled, because rows of one group resemble each other; a dash "
-        "means that the rows cannot tell.",
+        f"- Of intervals made this way {share} hold the number that endlessly many further groups from the "
+        "same places would give. Whole groups are resampled, because rows of one group resemble each other; "
+        "a dash means that the rows cannot tell.",
         "- Balanced accuracy and macro F1 give every class the same say; guessing scores "
         f"{1 / len(classes):.2f} in the former. AUROC is 0.5 for guessing. Log-loss and calibration error "
         "are better when lower; the latter is how far stated probabilities lie from what comes true.",

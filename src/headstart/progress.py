@@ -31,7 +31,8 @@ def bar(
         iterable: what to walk over, or None to call ``update(n)`` by hand.
         total: how many units there are, if known.
         desc: what is being done, as a gerund ("extracting features").
-        unit: name of one unit; "B" with ``unit_scale`` for bytes.
+        unit: name of one unit, such as "B".
+        unit_scale: count in thousands and millions, as for bytes.
         initial: units already done, for resumed work.
     """
     from tqdm import tqdm
@@ -41,7 +42,7 @@ def bar(
         terminal = sys.stderr
     elif name := os.environ.get(TERMINAL):
         with contextlib.suppress(OSError):
-            terminal = Path(name).open("w", encoding="utf-8")
+            terminal = Path(name).open("w", encoding="utf-8")  # noqa: SIM115  # as long as the bar lives
     return tqdm(
         iterable,
         file=terminal,
