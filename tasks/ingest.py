@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,14 +17,13 @@ from prefect.cache_policies import NO_CACHE
 
 from headstart import archives, sources
 from headstart.errors import HeadstartError
-from headstart.layout import Layout, sha256_of, written_whole
+from headstart.layout import EARLIER_SPLITS, Layout, sha256_of, written_whole
 from headstart.recipe import Recipe
 from tasks import versioning
 from tasks.stage import is_transient
 
 # What this snapshot was made from: hidden, so that adapters pass over it, and versioned with the data.
 ORIGIN = ".source.json"
-EARLIER_SPLITS = ".splits.parquet"
 
 
 @task(
@@ -81,7 +79,7 @@ def list_recipe(layout: Layout) -> None:
         partial = path.with_name(".params.yaml.partial")
         with partial.open("w", encoding="utf-8") as file:
             yaml.dump(params, file)
-        os.replace(partial, path)
+        partial.replace(path)
 
 
 def _origin(recipe: Recipe, layout: Layout) -> dict[str, str | None]:

@@ -1,15 +1,33 @@
-"""A web server on loopback that misbehaves on request, and remembers what it was asked."""
+"""A web server on loopback that misbehaves on request, and a world of one's own to fetch from it in."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import re
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headstart import downloads, sources
+from headstart.errors import HeadstartError
+
+DATA = os.urandom(1 << 20)
+DIGEST = hashlib.sha256(DATA).hexdigest()
+FETCH = (
+    "import sys; from headstart import downloads, sources; downloads.BACKOFF = 0\n"
+    "print(sources.fetch(*sys.argv[1:]))"
+)
 
 
 @dataclass
@@ -123,3 +141,54 @@ def serving(loopback: Loopback) -> Iterator[Loopback]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+# Fixtures, for a module to take by their names.
+
+
+@pytest.fixture(autouse=True)
+def own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache, a home and a pip of the test's own; no pauses."""
+    for name in list(os.environ):
+        if name.startswith(("HEADSTART_", "PIP_", "HF_")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home/hf"))
+    monkeypatch.setenv("XDG_CONFIG_DIRS", str(tmp_path / "etc"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(downloads, "BACKOFF", 0)
+
+
+@pytest.fixture
+def server() -> Iterator[Loopback]:
+    with serving(Loopback({"/data.zip": DATA})) as loopback:
+        yield loopback
+
+
+@pytest.fixture
+def closed() -> str:
+    """An address where nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def refused(uri: str, sha256: str | None = None) -> HeadstartError:
+    """The error, which fits on one screen."""
+    with pytest.raises(HeadstartError) as caught:
+        sources.fetch(uri, sha256)
+    assert len(str(caught.value).splitlines()) <= 20
+    assert max(map(len, str(caught.value).splitlines())) < 400
+    assert caught.value.do
+    return caught.value
+
+
+def partial(tmp_path: Path) -> list[Path]:
+    return list((tmp_path / "cache").rglob("*.part"))
+
+
+def in_process(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", FETCH, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import io
 import json
 import logging
 import os
-import signal
-import socket
 import subprocess
 import sys
-import tarfile
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,61 +18,11 @@ from typing import Any
 import pytest
 
 from headstart import sources
-from headstart.errors import HeadstartError
-from tests.servers import Loopback, serving
+from tests import servers
+from tests.servers import DATA, DIGEST, FETCH, Loopback, in_process, partial, refused, serving
 
-DATA = os.urandom(1 << 20)
-DIGEST = hashlib.sha256(DATA).hexdigest()
 COMMIT = "86b5e0934494bd15c9632b12f734a8a67f723594"
-FETCH = "import sys; from headstart import sources; sources.BACKOFF = 0; print(sources.fetch(*sys.argv[1:]))"
-
-
-@pytest.fixture(autouse=True)
-def own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache, a home and a pip of the test's own; no pauses."""
-    for name in list(os.environ):
-        if name.startswith(("HEADSTART_", "PIP_", "HF_")) or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home/hf"))
-    monkeypatch.setenv("XDG_CONFIG_DIRS", str(tmp_path / "etc"))
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(sources, "BACKOFF", 0)
-
-
-@pytest.fixture
-def server() -> Iterator[Loopback]:
-    with serving(Loopback({"/data.zip": DATA})) as loopback:
-        yield loopback
-
-
-@pytest.fixture
-def closed() -> str:
-    """An address where nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
-
-
-def refused(uri: str, sha256: str | None = None) -> HeadstartError:
-    """The error, which fits on one screen."""
-    with pytest.raises(HeadstartError) as caught:
-        sources.fetch(uri, sha256)
-    assert len(str(caught.value).splitlines()) <= 20
-    assert max(map(len, str(caught.value).splitlines())) < 400
-    assert caught.value.do
-    return caught.value
-
-
-def partial(tmp_path: Path) -> list[Path]:
-    return list((tmp_path / "cache").rglob("*.part"))
-
-
-def in_process(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", FETCH, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+own_world, server, closed = servers.own_world, servers.server, servers.closed
 
 
 # The cache
@@ -189,68 +134,6 @@ def test_importing_sources_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == ""
 
 
-# Interruptions
-
-
-def test_a_dropped_connection_goes_on_where_it_stopped(server: Loopback) -> None:
-    server.drops = [300_000, 400_000]
-    assert sources.fetch(f"{server.url}/data.zip").read_bytes() == DATA
-    first, *others = server.downloads("/data.zip")
-    starts = [int(wanted.removeprefix("bytes=").removesuffix("-")) for wanted in others]
-    assert first == ""
-    assert 200_000 < starts[0] <= 300_000
-    assert starts[0] < starts[1] < len(DATA)
-
-
-def test_a_killed_download_goes_on_with_the_rest_only(server: Loopback, tmp_path: Path) -> None:
-    server.hold = 700_000
-    process = in_process(f"{server.url}/data.zip", DIGEST)
-    while not any(path.stat().st_size >= 600_000 for path in partial(tmp_path)):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    server.release.set()
-    (part,) = partial(tmp_path)
-    there = part.stat().st_size
-    assert sources.fetch(f"{server.url}/data.zip", DIGEST).read_bytes() == DATA
-    assert server.downloads("/data.zip") == ["", f"bytes={there}-"]
-
-
-@pytest.mark.parametrize("pinned", [True, False])
-def test_a_server_without_ranges_starts_over(pinned: bool, server: Loopback) -> None:
-    server.ranges, server.drops = False, [500_000]
-    assert sources.fetch(f"{server.url}/data.zip", DIGEST if pinned else None).read_bytes() == DATA
-
-
-def test_a_file_that_changed_in_between_starts_over(server: Loopback, tmp_path: Path) -> None:
-    server.drops = [500_000, 0, 0, 0]
-    assert refused(f"{server.url}/data.zip").transient
-    assert partial(tmp_path)[0].stat().st_size > 0
-    server.files["/data.zip"] = other = os.urandom(1 << 20)
-    server.drops.clear()
-    assert sources.fetch(f"{server.url}/data.zip").read_bytes() == other
-
-
-def test_a_file_that_became_shorter_starts_over(server: Loopback) -> None:
-    server.tagged, server.drops = False, [500_000, 0, 0, 0]
-    short = os.urandom(1000)
-    refused(f"{server.url}/data.zip", hashlib.sha256(short).hexdigest())
-    server.files["/data.zip"] = short
-    server.drops.clear()
-    assert sources.fetch(f"{server.url}/data.zip", hashlib.sha256(short).hexdigest()).read_bytes() == short
-
-
-def test_without_a_tag_only_a_pinned_sha256_lets_it_go_on(server: Loopback) -> None:
-    server.tagged, server.drops = False, [500_000]
-    sources.fetch(f"{server.url}/data.zip")
-    assert server.downloads("/data.zip") == ["", ""]
-    server.asked.clear()
-    server.files["/more.zip"], server.drops = DATA, [500_000]
-    assert sources.fetch(f"{server.url}/more.zip", DIGEST).read_bytes() == DATA
-    assert server.downloads("/more.zip")[1].startswith("bytes=")
-
-
 def test_pieces_of_two_files_are_noticed_and_fetched_whole(server: Loopback) -> None:
     server.tagged, server.drops = False, [500_000, 0, 0, 0]
     wanted = os.urandom(1 << 20)
@@ -261,106 +144,6 @@ def test_pieces_of_two_files_are_noticed_and_fetched_whole(server: Loopback) -> 
     assert sources.fetch(f"{server.url}/data.zip", digest).read_bytes() == wanted
 
 
-def test_a_download_that_was_complete_when_killed_is_taken_as_it_is(server: Loopback, tmp_path: Path) -> None:
-    kept = sources.fetch(f"{server.url}/data.zip", DIGEST)
-    entry = kept.parents[1]
-    kept.rename(entry / sources.PART)
-    tag = f'"{DIGEST}"'
-    (entry / f"{sources.PART}.json").write_text(
-        json.dumps({"url": f"{server.url}/data.zip", "validator": tag})
-    )
-    server.asked.clear()
-    assert sources.fetch(f"{server.url}/data.zip", DIGEST).read_bytes() == DATA
-    assert server.downloads("/data.zip") == [f"bytes={len(DATA)}-"]
-
-
-@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
-def test_a_server_in_trouble_is_asked_again(status: int, server: Loopback) -> None:
-    server.statuses = [(status, {}), (status, {})]
-    assert sources.fetch(f"{server.url}/data.zip").read_bytes() == DATA
-
-
-def test_a_server_says_when_to_come_back(server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
-    pauses: list[float] = []
-    monkeypatch.setattr(sources, "time", SimpleNamespace(sleep=pauses.append, time=lambda: 1_000_000_000.0))
-    server.statuses = [(503, {"Retry-After": "7"}), (429, {"Retry-After": "Sun, 09 Sep 2001 01:46:50 GMT"})]
-    sources.fetch(f"{server.url}/data.zip")
-    assert pauses == [7, 10]
-
-
-def test_pauses_grow_and_differ(server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
-    pauses: list[float] = []
-    monkeypatch.setattr(sources, "time", SimpleNamespace(sleep=pauses.append))
-    monkeypatch.setattr(sources, "BACKOFF", 8)
-    server.statuses = [(503, {})] * 3
-    sources.fetch(f"{server.url}/data.zip")
-    for pause, most in zip(pauses, [8, 16, 32], strict=True):
-        assert most / 2 <= pause <= most
-    assert not all(float(pause).is_integer() for pause in pauses)
-
-
-def test_trouble_that_lasts_is_an_error_worth_another_try(server: Loopback) -> None:
-    server.statuses = [(503, {})] * 99
-    error = refused(f"{server.url}/data.zip")
-    assert error.transient
-    assert "503" in error.what
-    assert len(server.asked) == sources.ATTEMPTS
-
-
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
-def test_what_will_not_get_better_is_an_error_at_once(status: int, server: Loopback) -> None:
-    server.statuses = [(status, {})]
-    assert not refused(f"{server.url}/data.zip").transient
-    assert len(server.asked) == 1
-
-
-def test_no_network_is_an_error_that_says_what_to_do(closed: str) -> None:
-    error = refused(f"{closed}/data.zip")
-    assert error.transient
-    assert "Connection refused" in error.what
-    assert f"{closed}/data.zip" in error.where
-    assert "HEADSTART_MIRRORS" in error.do
-
-
-def test_a_full_disk_is_an_error_and_the_download_goes_on_later(server: Loopback, tmp_path: Path) -> None:
-    limited = (
-        "import resource, sys; from headstart import sources; from headstart.errors import HeadstartError\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
-        "try: sources.fetch(*sys.argv[1:])\n"
-        "except HeadstartError as error: sys.exit(str(error))\n"
-    )
-    command = [sys.executable, "-c", limited, f"{server.url}/data.zip", DIGEST]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "could not write to the cache" in done.stderr
-    assert "free disk space" in done.stderr
-    assert "Traceback" not in done.stderr
-    there = partial(tmp_path)[0].stat().st_size
-    assert sources.fetch(f"{server.url}/data.zip", DIGEST).read_bytes() == DATA
-    assert server.downloads("/data.zip") == ["", f"bytes={there}-"]
-
-
-def test_on_a_full_disk_what_cannot_go_on_is_removed(
-    server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server.tagged = False
-
-    class Full:
-        def __enter__(self) -> Full:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def update(self, _: int) -> None:
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(sources, "bar", lambda **_: Full())
-    error = refused(f"{server.url}/data.zip")
-    assert "No space left" in error.what
-    assert partial(tmp_path) == []
-
-
 def test_a_cache_that_cannot_be_made_is_an_error(
     server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,57 +152,7 @@ def test_a_cache_that_cannot_be_made_is_an_error(
     assert "HEADSTART_CACHE" in refused(f"{server.url}/data.zip").do
 
 
-# Addresses
-
-
-def test_a_mirror_is_asked_instead_and_the_recipe_stays(
-    server: Loopback, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(
-        "HEADSTART_MIRRORS",
-        f"https://a.invalid/=http://b.invalid/  https://example.invalid/files/={server.url}/",
-    )
-    kept = sources.fetch("https://example.invalid/files/data.zip", DIGEST)
-    assert kept.read_bytes() == DATA
-    monkeypatch.delenv("HEADSTART_MIRRORS")
-    assert sources.fetch("https://example.invalid/files/data.zip", DIGEST) == kept
-
-
-def test_a_mirror_that_is_misspelt_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HEADSTART_MIRRORS", "https://example.invalid/")
-    assert "PREFIX=PREFIX" in refused("https://example.invalid/data.zip").what
-
-
-def test_credentials_are_used_and_never_told(
-    server: Loopback, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    server.login = "someone:p@ss"
-    secret = f"http://someone:p%40ss@{server.host}"
-    with caplog.at_level(logging.INFO):
-        kept = sources.fetch(f"{secret}/data.zip?token=hidden")
-        missing = str(refused(f"{secret}/missing?token=hidden"))
-        wrong = str(refused(f"http://someone:hidden@{server.host}/data.zip?a=1&token=hidden"))
-    told = [caplog.text, missing, wrong, str(kept)]
-    told += [path.read_text() for path in (tmp_path / "cache").rglob("*.json")]
-    assert server.host in missing
-    for text in told:
-        assert "p%40ss" not in text
-        assert "hidden" not in text
-
-
-def test_a_file_is_named_by_the_server_if_its_address_does_not(server: Loopback) -> None:
-    server.files["/download"] = server.files["/get/7"] = DATA
-    server.headers["/download"] = {"Content-Disposition": 'attachment; filename="../../photos 1.tar.gz"'}
-    assert sources.fetch(f"{server.url}/download?id=7").name == "photos_1.tar.gz"
-    assert sources.fetch(f"{server.url}/get/7").name == "7"
-
-
-def test_a_file_is_stored_as_it_was_sent_even_if_called_encoded(server: Loopback) -> None:
-    import gzip
-
-    server.files["/x.tar.gz"] = content = gzip.compress(b"tar")
-    server.headers["/x.tar.gz"] = {"Content-Encoding": "gzip"}
-    assert sources.fetch(f"{server.url}/x.tar.gz").read_bytes() == content
+# What a URI is
 
 
 @pytest.mark.parametrize(
@@ -439,13 +172,6 @@ def test_a_file_is_stored_as_it_was_sent_even_if_called_encoded(server: Loopback
 )
 def test_a_misspelt_source_names_the_nearest_right_one(wrong: str, right: str) -> None:
     assert f"did you mean {right}?" in refused(wrong).do
-
-
-@pytest.mark.parametrize("uri", ["pip:elpv-dataset", "pip:elpv-dataset>=1.0", "pip:elpv-dataset==1.*"])
-def test_a_package_without_one_exact_version_is_an_error(uri: str) -> None:
-    error = refused(uri)
-    assert "not pinned" in error.what
-    assert "pip:NAME==VERSION" in error.do
 
 
 @pytest.mark.parametrize(
@@ -489,170 +215,7 @@ def test_a_pinned_file_is_verified_and_never_removed(tmp_path: Path) -> None:
     sources.fetch(f"file:{tmp_path}", sources.digest_of(tmp_path))
 
 
-# pip:
-
-
-def wheel(path: Path, content: bytes = b"data") -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("tiny_data/data.bin", content)
-    return path
-
-
-def sdist(path: Path, marker: Path) -> Path:
-    """A source distribution whose setup.py leaves a mark if anyone runs it."""
-    setup = f"open({str(marker)!r}, 'w')\nfrom setuptools import setup\nsetup(name='tiny-data')\n".encode()
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in {"setup.py": setup, "tiny_data/data.bin": b"data"}.items():
-            info = tarfile.TarInfo(f"{path.name.removesuffix('.tar.gz')}/{name}")
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
-
-
-@pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
-    """A PEP 503 index of ``tiny-data``, which pip is told of by PIP_INDEX_URL."""
-    made = tmp_path / "made"
-    made.mkdir()
-    files = [
-        wheel(made / "tiny_data-1.0-py3-none-any.whl"),
-        sdist(made / "tiny_data-1.0.tar.gz", tmp_path / "ran"),
-        sdist(made / "tiny_data-2.0.post1.tar.gz", tmp_path / "ran"),
-        wheel(made / "tiny_data-3.0-cp27-none-win32.whl"),
-    ]
-    page = "".join(
-        f'<a href="../../files/{file.name}#sha256={hashlib.sha256(file.read_bytes()).hexdigest()}"'
-        f' data-requires-python="&lt;3">{file.name}</a>'
-        for file in files
-    )
-    served = {f"/files/{file.name}": file.read_bytes() for file in files} | {
-        "/simple/tiny-data/": page.encode()
-    }
-    html = {"/simple/tiny-data/": {"Content-Type": "text/html"}}
-    with serving(Loopback(served, html)) as loopback:
-        monkeypatch.setenv("PIP_INDEX_URL", f"{loopback.url}/simple")
-        yield loopback
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize(
-    ("uri", "name"),
-    [
-        ("pip:tiny-data==1.0", "tiny_data-1.0-py3-none-any.whl"),
-        ("pip:Tiny.Data==1", "tiny_data-1.0-py3-none-any.whl"),
-        ("pip:tiny-data==1.0?sdist", "tiny_data-1.0.tar.gz"),
-        ("pip:tiny-data==2.0.post1", "tiny_data-2.0.post1.tar.gz"),
-        ("pip:tiny-data==3.0", "tiny_data-3.0-cp27-none-win32.whl"),
-    ],
-    ids=[
-        "wheel",
-        "other spelling",
-        "sdist on demand",
-        "sdist for want of a wheel",
-        "any platform, any Python",
-    ],
-)
-def test_a_package_comes_from_pips_index_and_is_never_run(
-    uri: str, name: str, index: Loopback, tmp_path: Path
-) -> None:
-    kept = sources.fetch(uri)
-    assert kept.name == name
-    assert kept.read_bytes() == (tmp_path / "made" / name).read_bytes()
-    index.asked.clear()
-    assert sources.fetch(uri) == kept
-    assert index.asked == []
-
-
-def test_a_version_that_is_not_there_names_those_that_are(index: Loopback) -> None:
-    error = refused("pip:tiny-data==9.9")
-    assert "versions there: 1.0, 2.0.post1, 3.0" in str(error)
-    assert not error.transient
-    assert "no sdist" in refused("pip:tiny-data==3.0?sdist").what
-    assert not refused("pip:unheard-of==1.0").transient
-
-
-def test_a_file_that_is_not_what_the_index_promises_is_refused(index: Loopback) -> None:
-    index.files["/files/tiny_data-1.0-py3-none-any.whl"] = b"forged"
-    assert hashlib.sha256(b"forged").hexdigest() in str(refused("pip:tiny-data==1.0"))
-
-
-def test_an_index_with_a_login_is_never_told(
-    index: Loopback, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    index.login = "someone:hidden"
-    monkeypatch.setenv("PIP_INDEX_URL", f"http://someone:hidden@{index.host}/simple")
-    with caplog.at_level(logging.INFO):
-        assert sources.fetch("pip:tiny-data==1.0").name == "tiny_data-1.0-py3-none-any.whl"
-        text = str(refused("pip:tiny-data==9.9"))
-    assert index.host in text
-    assert "hidden" not in text + caplog.text
-
-
-def test_an_index_out_of_reach_is_an_error_worth_another_try(
-    closed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PIP_INDEX_URL", f"{closed}/simple")
-    error = refused("pip:tiny-data==1.0")
-    assert error.transient
-    assert "PIP_INDEX_URL" in error.do
-    assert closed in str(error)
-
-
-def test_one_index_out_of_reach_does_not_hide_what_another_has(
-    closed: str, index: Loopback, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", f"{index.url}/simple file:///nowhere/simple")
-    monkeypatch.setenv("PIP_INDEX_URL", f"{closed}/simple")
-    assert sources.fetch("pip:tiny-data==1.0").name == "tiny_data-1.0-py3-none-any.whl"
-
-
-def test_folders_of_wheels_in_pips_own_file_are_searched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
-    wheel(tmp_path / "one/other_data-1.0-py3-none-any.whl")
-    wheel(tmp_path / "two/tiny_data-1.0-py3-none-any.whl")
-    config = f"[global]\nno-index = true\nfind-links =\n  {tmp_path}/one\n  {tmp_path}/none\n  file://{tmp_path}/two\n"
-    (tmp_path / "pip.conf").write_text(config)
-    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
-    kept = sources.fetch("pip:tiny-data==1.0")
-    assert kept.name == "tiny_data-1.0-py3-none-any.whl"
-    (tmp_path / "two" / kept.name).unlink()
-    assert sources.fetch("pip:tiny-data==1.0") == kept
-
-
-def test_a_local_index_counts_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "simple/tiny-data").mkdir(parents=True)
-    made = wheel(tmp_path / "tiny_data-1.0-py3-none-any.whl")
-    (tmp_path / "simple/tiny-data/index.html").write_text(f'<a href="../../{made.name}">{made.name}</a>')
-    monkeypatch.setenv("PIP_INDEX_URL", f"file://{tmp_path}/simple")
-    assert sources.fetch("pip:tiny-data==1.0").read_bytes() == made.read_bytes()
-
-
-def test_an_index_that_names_a_lost_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "index.html").write_text('<a href="tiny_data-1.0-py3-none-any.whl">lost</a>')
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", f"file://{tmp_path}/index.html")
-    assert "tiny_data-1.0-py3-none-any.whl" in refused("pip:tiny-data==1.0").where
-
-
-def test_of_several_wheels_the_pinned_one_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = wheel(tmp_path / "tiny_data-1.0-cp311-cp311-linux_x86_64.whl", b"linux")
-    second = wheel(tmp_path / "tiny_data-1.0-cp311-cp311-win_amd64.whl", b"windows")
-    page = "".join(
-        f'<a href="{file.name}#sha256={hashlib.sha256(file.read_bytes()).hexdigest()}">.</a>'
-        for file in (first, second)
-    )
-    (tmp_path / "index.html").write_text(page)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", f"file://{tmp_path}/index.html")
-    for file in (second, first):
-        assert sources.fetch("pip:tiny-data==1.0", sources.digest_of(file)).name == file.name
-
-
 # hf:
-
 MODEL = {
     "config.json": b"{}",
     "tokenizer.json": b'{"t": 1}',

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from headstart import splits
 from headstart.splits import assign
 
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
@@ -130,3 +131,13 @@ def test_rows_that_are_gone_leave_the_others_where_they_were() -> None:
     before = split(rows(300))
     after = split(rows(300).iloc[::2], earlier=before)
     assert all(before[row] == name for row, name in after.items())
+
+
+def test_folds_hold_whole_groups_and_nearly_the_same_number_of_rows() -> None:
+    frame = rows(400, per_group=8)
+    fold = splits.folds(frame, 5, seed=0)
+    assert frame.groupby(fold)["id"].count().between(72, 88).all()
+    assert (
+        frame.groupby("group").apply(lambda group: len(set(fold[group.index])), include_groups=False) == 1
+    ).all()
+    assert not (fold == splits.folds(frame, 5, seed=1)).all()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,16 +39,21 @@ class Spec:
         """The spec in a folder that ``fetch`` wrote.
 
         Raises:
-            HeadstartError: there is none.
+            HeadstartError: there is none, or one that another version of headstart wrote.
         """
+        path = weights / "spec.json"
         try:
-            return cls(**json.loads((weights / "spec.json").read_text(encoding="utf-8")))
-        except FileNotFoundError as error:
-            raise HeadstartError(
-                "the backbone is missing",
-                where=str(error.filename),
-                do=f"run `dvc repro fetch@{weights.name}`",
-            ) from None
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise _bad("the backbone is missing", path) from None
+        except (TypeError, ValueError) as error:
+            raise _bad("the backbone's description cannot be read", path, str(error)) from error
+
+
+def _bad(what: str, path: Path, *lines: str) -> HeadstartError:
+    return HeadstartError(
+        what, where=str(path), table=lines, do=f"run `dvc repro --force fetch@{path.parent.name}`"
+    )
 
 
 def load(weights: Path) -> tuple[nn.Module, Spec]:
@@ -55,81 +61,106 @@ def load(weights: Path) -> tuple[nn.Module, Spec]:
 
     An image network maps float [n, 3, side, side] to its pooled output [n, dim]; a text network is the
     ``transformers`` model itself.
+
+    Raises:
+        HeadstartError: the files are missing or damaged, or not those of the architecture as installed.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     spec = Spec.read(weights)
-    state = load_file(weights / "weights.safetensors")
+    path = weights / "weights.safetensors"
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _bad("the backbone's weights cannot be read", path, str(error)) from error
     if spec.library == "transformers":
         model = transformer(weights)
-        # A pooler, where the architecture has one, is trained for another task and is not kept.
-        absent = model.load_state_dict(state, strict=False).missing_keys
-        fatal = [name for name in absent if not name.startswith("pooler.")]
     else:
         model = without_classifier(spec.library, build(spec.library, spec.architecture))
-        fatal = model.load_state_dict(state, strict=False).missing_keys
+    try:
+        absent = model.load_state_dict(state, strict=False).missing_keys
+        # A pooler, where the architecture has one, is trained for another task and is not kept.
+        fatal = [name for name in absent if not (spec.modality == "text" and name.startswith("pooler."))]
+    except RuntimeError as error:  # other shapes
+        fatal = str(error).splitlines()[1:]
     if fatal:
-        raise HeadstartError(
-            f"the installed {spec.library} builds another {spec.architecture} than the weights are for",
-            where=str(weights),
-            table=fatal[:5],
-            do=f"install what requirements.lock names, or run `dvc repro -f fetch@{weights.name}`",
-        )
+        what = f"the installed {spec.library} builds another {spec.architecture} than the weights are for"
+        raise _bad(what, path, *fatal[:5])
     return model.eval().requires_grad_(False), spec
 
 
 def build(library: str, architecture: str) -> nn.Module:
-    """The whole architecture with random weights."""
-    try:
-        if library == "timm":
-            import timm
+    """The whole architecture with random weights.
 
-            network: nn.Module = timm.create_model(architecture, pretrained=False)
-        else:
-            import torchvision
-
-            network = torchvision.models.get_model(architecture, weights=None)
-    except (RuntimeError, ValueError) as error:  # what the two libraries raise for an unknown name
-        raise HeadstartError(
-            f"{library} has no architecture {architecture!r}",
-            where="fetch.backbone",
-            table=_similar(library, architecture),
-            do="take one of its names",
-        ) from error
-    return network
-
-
-def _similar(library: str, architecture: str) -> list[str]:
-    import difflib
-
+    Raises:
+        HeadstartError: the library has none of this name. Only names are looked up: the libraries would
+            themselves take some for an address on the network.
+    """
     if library == "timm":
         import timm
 
-        known = timm.list_models()
+        known, name = timm.list_models(), architecture.partition(".")[0]  # it may end in .tag
+        if name in known:
+            try:
+                network: nn.Module = timm.create_model(architecture, pretrained=False)
+                return network
+            except RuntimeError:  # no such tag
+                known = timm.list_pretrained(f"{name}.*")
     else:
-        import torchvision
+        from torchvision import models
 
-        known = torchvision.models.list_models(module=torchvision.models)
-    near = difflib.get_close_matches(architecture, known, n=3)
-    return [f"did you mean {name}?" for name in near]
+        known = models.list_models(module=models)  # classifiers alone
+        if architecture in known:
+            network = models.get_model(architecture, weights=None)
+            if hasattr(network, "transform_input"):  # GoogLeNet and Inception: on with pretrained weights
+                network.transform_input = True  # type: ignore[assignment]
+            return network
+    raise HeadstartError(
+        f"{library} has no architecture {architecture!r}",
+        where="fetch.backbone",
+        table=[f"did you mean {name}?" for name in get_close_matches(architecture, known, n=3)],
+        do="take one of its names",
+    )
 
 
 def without_classifier(library: str, network: nn.Module) -> nn.Module:
-    """The network with its last layer taken off, so that it returns what the classifier would be given."""
+    """The network with its last layer taken off, so that it returns what the classifier would be given.
+
+    Raises:
+        HeadstartError: its last layer is not a linear one.
+    """
     from torch import nn
 
     if library == "timm":
         network.reset_classifier(0)  # type: ignore[operator]
         return network
-    name = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
-    parent, _, child = name.rpartition(".")
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:  # SqueezeNet
+        what = f"{type(network).__name__} has no linear classifier to take off"
+        raise HeadstartError(what, where="fetch.backbone", do="take another architecture")
+    parent, _, child = linear[-1].rpartition(".")
     setattr(network.get_submodule(parent), child, nn.Identity())
     return network
 
 
 def transformer(folder: Path) -> nn.Module:
-    """The architecture of a config.json with random weights."""
+    """The architecture of a config.json, float32 with random weights.
+
+    Raises:
+        HeadstartError: transformers does not know it. Code that comes with a model is never run.
+    """
+    import torch
     from transformers import AutoConfig, AutoModel
 
-    network: nn.Module = AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        network: nn.Module = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # a config may say anything
+        raise HeadstartError(
+            "transformers cannot build what config.json describes",
+            where="config.json",
+            table=str(error).splitlines()[:2],
+            do="take a model of an architecture that transformers itself holds",
+        ) from error
     return network

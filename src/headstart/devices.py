@@ -31,12 +31,12 @@ def device() -> torch.device:
         return found or torch.device("cpu")
     try:
         chosen = torch.device(wanted)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        torch.empty(1, device=chosen).cpu()  # which the device `meta` cannot: it has no memory
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch built without a backend asserts
         raise HeadstartError(
             f"there is no device {wanted!r} here",
             where=DEVICE,
-            table=str(error).splitlines()[:1],
+            table=[str(error).partition("\n")[0][:150]],
             do="set it to cpu, cuda or mps, or leave it unset",
         ) from None
     return chosen

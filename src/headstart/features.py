@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -61,7 +62,7 @@ class Images:
         self, items: Sequence[Path | bytes], spec: backbones.Spec, options: Features, on: str
     ) -> None:
         self.items = items
-        self.side = options.image_size or spec.preprocessing["image_size"]
+        self.side = side_of(spec, options)
         self.interpolation = spec.preprocessing["interpolation"]
         self.smallest = IMAGES_PER_BATCH.get(on, ON_A_GPU["images"])
         self.batches = [
@@ -82,13 +83,9 @@ class Texts:
 
     smallest = 2  # one row alone would be compiled as a case of its own
 
-    def __init__(
-        self, items: Sequence[str], spec: backbones.Spec, options: Features, on: str, weights: Path
-    ) -> None:
-        config = json.loads((weights / "config.json").read_text(encoding="utf-8"))
-        self.padding = config.get("pad_token_id") or 0
-        most = min(options.max_tokens, spec.preprocessing["max_tokens"])
-        self.tokens = texts.tokenise(items, weights / "tokenizer.json", most)
+    def __init__(self, items: Sequence[str], tokenizer: Path, most: int, padding: int, on: str) -> None:
+        self.padding = padding
+        self.tokens = texts.tokenise(items, tokenizer, most)
         budget = TOKENS_PER_BATCH.get(on, ON_A_GPU["tokens"])
         self.batches = texts.batches(self.tokens.lengths, budget)
 
@@ -131,7 +128,7 @@ class Tapped(nn.Module):
                 self.register_buffer(key, value, persistent=False)
 
     def _catch(self, name: str, module: nn.Module, given: Any, output: Any) -> None:
-        self.caught[name] = output[0] if isinstance(output, tuple) else output
+        self.caught[name] = output if isinstance(output, Tensor) else output[0]
 
     def forward(self, first: Tensor, mask: Tensor | None = None) -> Tensor:
         """Vectors of one batch."""
@@ -157,11 +154,12 @@ class Extractor:
         compiled: use torch.compile; where that fails, as without a C++ compiler, the network runs as it is.
 
     Raises:
-        HeadstartError: the backbone is missing, or has no such layers.
+        HeadstartError: the backbone is missing, has no such layers, or does not take images of this size.
     """
 
     def __init__(self, weights: Path, options: Features, compiled: bool = False) -> None:
         self.weights, self.options = weights, options
+        self.lock = Lock()  # a served model may be asked from several threads; hooks leave tensors on the way
         self.device = devices.device()
         self.dtype = devices.dtype(options.precision, self.device)
         network, self.spec = backbones.load(weights)
@@ -169,27 +167,57 @@ class Extractor:
         if self.spec.modality == "image":
             self.network = self.network.to(memory_format=torch.channels_last)
         self.compiled = None
+        self.dim = self._tried()
         if compiled:
             # Freezing folds BatchNorm into convolutions and lays weights out for the CPU's matrix units.
             self.compiled = torch.compile(
                 self.network, dynamic=self.spec.modality == "text", options={"freezing": True}
             )
 
-    def reader(self, items: Sequence[Item]) -> Reader:
-        """The items in batches, in an order that depends on nothing but them."""
+    def _tried(self) -> int:
+        """Dimensions of the vectors, from two blank rows: options that do not fit fail at once."""
         if self.spec.modality == "text":
-            return Texts(items, self.spec, self.options, self.device.type, self.weights)  # type: ignore[arg-type]
+            tensors = [torch.ones(2, 2, dtype=torch.int64)] * 2
+        else:
+            side = side_of(self.spec, self.options)
+            tensors = [torch.zeros(2, side, side, 3, dtype=torch.uint8)]
+        try:
+            _, dim = self._forward(*(tensor.to(self.device) for tensor in tensors)).shape
+        except Exception as error:  # whatever the network's own code raises
+            raise HeadstartError(
+                f"{self.spec.architecture} does not run with these options",
+                where="features",
+                table=[f"layers: {self.options.layers}, image_size: {self.options.image_size}", _line(error)],
+                do="take other features.layers or another features.image_size, or leave them out",
+            ) from error
+        return int(dim)
+
+    def reader(self, items: Sequence[Item]) -> Reader:
+        """The items in batches, in an order that depends on nothing but them.
+
+        Raises:
+            HeadstartError: an item that is none of what the backbone reads.
+        """
+        text = self.spec.modality == "text"
+        if aliens := [item for item in items if isinstance(item, str) != text]:
+            raise HeadstartError(
+                f"{self.spec.architecture} reads {self.spec.modality}s, not what is in these rows",
+                where=f"{aliens[0]!r:.100}",
+                do="give the model what it was trained on",
+            )
+        if text:
+            padding = getattr(self.network.network.config, "pad_token_id", None) or 0
+            most = min(self.options.max_tokens, self.spec.preprocessing["max_tokens"])
+            return Texts(items, self.weights / "tokenizer.json", most, padding, self.device.type)  # type: ignore[arg-type]
         return Images(items, self.spec, self.options, self.device.type)  # type: ignore[arg-type]
 
     def __call__(self, items: Sequence[Item]) -> NDArray[np.float32]:
         """float32 [items, dim], in the order of the items."""
         reader = self.reader(items)
-        found: NDArray[np.float32] | None = None
+        found = np.empty((len(items), self.dim), np.float32)
         for rows, vectors in self.run(reader, reader.batches):
-            if found is None:
-                found = np.empty((len(items), vectors.shape[1]), np.float32)
             found[rows] = vectors
-        return np.empty((0, 0), np.float32) if found is None else found
+        return found
 
     def run(self, reader: Reader, batches: Sequence[Rows]) -> Iterator[tuple[Rows, NDArray[np.float32]]]:
         """Rows and their vectors, float32 [rows, dim], batch by batch.
@@ -197,22 +225,21 @@ class Extractor:
         The next batches are read in other threads meanwhile: decoding lets go of the interpreter's lock.
         """
         for rows, arrays in _ahead(reader, batches):
-            least = reader.smallest if self.compiled else 0
+            least = 0 if self.compiled is None else reader.smallest
             tensors = [torch.from_numpy(_filled(array, least)).to(self.device) for array in arrays]
-            with torch.inference_mode():
-                yield rows, self._forward(*tensors)[: len(rows)].cpu().numpy()
+            yield rows, self._forward(*tensors)[: len(rows)].cpu().numpy()
 
     def _forward(self, *tensors: Tensor) -> Tensor:
-        if self.compiled is not None:
-            try:
-                compiled: Tensor = self.compiled(*tensors)
-                return compiled
-            except Exception as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                log.warning("torch.compile does not work here, running without it: %s", reason[:200])
-                self.compiled = None
-        plain: Tensor = self.network(*tensors)
-        return plain
+        with self.lock, torch.inference_mode():
+            if self.compiled is not None:
+                try:
+                    compiled: Tensor = self.compiled(*tensors)
+                    return compiled
+                except Exception as error:
+                    log.warning("torch.compile does not work here, running without it: %s", _line(error))
+                    self.compiled = None
+            plain: Tensor = self.network(*tensors)
+            return plain
 
 
 def features(recipe: Recipe, layout: Layout) -> None:
@@ -222,8 +249,8 @@ def features(recipe: Recipe, layout: Layout) -> None:
     and of texts the tokens.
 
     Raises:
-        HeadstartError: the manifest or the backbone is missing, a layer does not exist, an image cannot be
-            read, or the disk is full.
+        HeadstartError: the manifest or the backbone is missing, or they do not fit together; a layer does not
+            exist, an image cannot be read, a vector is not finite, or the disk is full.
     """
     ids, items, digest = _rows(recipe, layout)
     wanted = recipe.features.compile
@@ -235,15 +262,15 @@ def features(recipe: Recipe, layout: Layout) -> None:
         "precision": str(extractor.dtype).removeprefix("torch."),
         "backbone_sha256": extractor.spec.sha256,
         "manifest_sha256": digest,
+        "dim": extractor.dim,
     }
     with unwritable_named(layout.features):
         array = _extract(extractor, items, layout.work / "features", described | {"compiled": compiled})
-    dim = int(np.load(array, mmap_mode="r").shape[1])
     with written_whole(layout.features) as folder:
-        shutil.move(array, folder / "features.npy")
         ids.to_parquet(folder / "ids.parquet", index=False)
-        text = json.dumps(described | {"dim": dim}, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(described, indent=2, sort_keys=True) + "\n"
         (folder / "features.json").write_text(text, encoding="utf-8")
+        shutil.move(array, folder / "features.npy")  # the last step: what fails before it can be repeated
     shutil.rmtree(layout.work / "features", ignore_errors=True)
 
 
@@ -255,7 +282,7 @@ def _rows(recipe: Recipe, layout: Layout) -> tuple[Any, list[Item], str]:
     column = "text" if recipe.modality == "text" else "path"
     try:
         digest = sha256_of(path)
-        table = pd.read_parquet(path)
+        table = pd.read_parquet(path)  # all columns: which of them there are is in question
     except FileNotFoundError as error:
         raise HeadstartError(
             "there is no manifest",
@@ -264,7 +291,7 @@ def _rows(recipe: Recipe, layout: Layout) -> tuple[Any, list[Item], str]:
         ) from None
     if column not in table:
         raise HeadstartError(
-            f"{recipe.fetch.backbone} reads a {column}, but the rows have none",
+            f"{recipe.fetch.backbone} reads {recipe.modality}s, but the rows hold none",
             where=str(path),
             do="take a backbone for this kind of data in fetch.backbone, or another validate.adapter",
         )
@@ -278,10 +305,7 @@ def _extract(extractor: Extractor, items: Sequence[Item], work: Path, key: dict[
     Every finished shard is on the disk before the journal names it, so a kill costs one shard. The file has
     its full size from the start: a disk that is too small is found out at once.
     """
-    library = Path(__file__).parent
-    code = [sha256_of(library / f"{name}.py") for name in ("backbones", "features", "images", "texts")]
-    text = json.dumps([key, extractor.options.model_dump(), code], sort_keys=True)
-    folder = work / hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder = work / _digest(extractor, key)
     array, journal = folder / "features.npy", folder / "shards"
     for other in set(work.glob("*")) - {folder}:
         shutil.rmtree(other, ignore_errors=True)
@@ -292,18 +316,41 @@ def _extract(extractor: Extractor, items: Sequence[Item], work: Path, key: dict[
         log.info("continuing after %d of %d shards", len(done), len(shards))
     rows_done = sum(len(rows) for shard in done for rows in shards[shard])
     with bar(total=len(items), initial=rows_done, desc="extracting features", unit=" rows") as progress:
-        target: Any = np.load(array, mmap_mode="r+") if done else None
+        shape = len(items), extractor.dim
+        target: Any = np.load(array, mmap_mode="r+") if done else _allocated(array, shape)
         for number in sorted(set(range(len(shards))) - done):
             for rows, vectors in extractor.run(reader, shards[number]):
-                if target is None:
-                    target = _allocated(array, (len(items), vectors.shape[1]))
-                target[rows] = vectors
+                target[rows] = _halved(vectors, items, rows)
                 progress.update(len(rows))
             target.flush()
             with journal.open("a", encoding="ascii") as file:
                 file.write(f"{number}\n")
                 os.fsync(file.fileno())
     return array
+
+
+def _digest(extractor: Extractor, key: dict[str, Any]) -> str:
+    """A name for the work on one array: all that its bytes, and the division into batches, depend on."""
+    library = Path(__file__).parent
+    files = [library / f"{name}.py" for name in ("backbones", "devices", "features", "images", "texts")]
+    files += sorted(extractor.weights.glob("*.json"))  # spec.json holds the digest of the weights
+    content = [sha256_of(file) for file in files]
+    machine = [extractor.device.type, torch.__version__]
+    text = json.dumps([key, extractor.options.model_dump(), content, machine], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _halved(vectors: NDArray[np.float32], items: Sequence[Item], rows: Rows) -> NDArray[np.float16]:
+    with np.errstate(over="ignore"):
+        half = vectors.astype(np.float16)
+    finite = np.isfinite(half).all(axis=1)
+    if not finite.all():
+        raise HeadstartError(
+            "the backbone gives values that are not finite, or above 65,504, the most that float16 holds",
+            where=f"{str(items[rows[np.argmin(finite)]])!r:.100}",
+            do="take other features.layers; if there are none, the weights are damaged",
+        )
+    return half
 
 
 def _shards(batches: Sequence[Rows]) -> list[list[Rows]]:
@@ -314,23 +361,33 @@ def _shards(batches: Sequence[Rows]) -> list[list[Rows]]:
 
 
 def _journalled(journal: Path) -> set[int]:
-    """Numbers of the finished shards; a last line that was cut short does not count."""
+    """Numbers of the finished shards; a last line that was cut short does not count, and is taken off."""
     if not journal.exists():
         return set()
-    *lines, _ = journal.read_text(encoding="ascii").split("\n")
-    return {int(line) for line in lines}
+    lines = journal.read_text(encoding="ascii")
+    whole = lines.rfind("\n") + 1
+    os.truncate(journal, whole)
+    return {int(line) for line in lines[:whole].split()}
 
 
 def _allocated(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
     """A new float16 .npy file with all its bytes written: a sparse one would die of a full disk by signal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     (path.parent / "shards").unlink(missing_ok=True)
-    with path.open("wb") as file:
-        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        left, zeros = 2 * shape[0] * shape[1], bytes(1 << 20)
-        while left:
-            left -= file.write(zeros[: min(left, len(zeros))])
+    size, zeros = 2 * shape[0] * shape[1], bytes(1 << 20)
+    try:
+        with path.open("wb") as file:
+            header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for left in range(size, 0, -len(zeros)):
+                file.write(zeros[:left])
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise HeadstartError(
+            f"there is no room for the features: {error.strerror}",
+            where=str(path),
+            do=f"free {size / 1e9:.2g} GB there, then run the same command again",
+        ) from error
     mapped: np.memmap[Any, Any] = np.load(path, mmap_mode="r+")
     return mapped
 
@@ -355,11 +412,24 @@ def _filled(array: NDArray[Any], rows: int) -> NDArray[Any]:
     return np.concatenate([array, np.repeat(array[-1:], short, axis=0)]) if short > 0 else array
 
 
+def side_of(spec: backbones.Spec, options: Features) -> int:
+    """Pixels of the square that images are resized to."""
+    return int(options.image_size or spec.preprocessing["image_size"])
+
+
+def _line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+
+
 def averaged(output: Tensor, mask: Tensor | None) -> Tensor:
-    """float32 [n, c]: mean over the positions of [n, c, h, w], [n, tokens, c] or [n, c], padding aside."""
+    """float32 [n, c]: mean over the positions of [n, c, h, w], [n, tokens, c] or [n, c], padding aside.
+
+    Some networks, such as Swin, have [n, h, w, c] inside: all images are squares, which tells the two apart.
+    """
     output = output.float()
     if output.ndim == 4:
-        return output.mean(dim=(2, 3))
+        return output.mean(dim=(2, 3) if output.shape[2] == output.shape[3] else (1, 2))
     if output.ndim == 3 and mask is not None:
         weights = mask.unsqueeze(-1).float()
         return (output * weights).sum(dim=1) / weights.sum(dim=1)

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import re
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +22,19 @@ from headstart.layout import Layout, sha256_of, written_whole
 from headstart.recipe import Fetch, Recipe
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     State = dict[str, Tensor]
 
-# Where published checkpoints keep their tensors, and what they put before each name.
-WRAPPERS = ("state_dict", "model", "model_state_dict")
-PREFIXES = ("module.", "model.", "backbone.", "encoder.", "bert.", "roberta.", "distilbert.")
+WRAPPERS = ("state_dict", "model", "model_state_dict")  # where published checkpoints keep their tensors
 TENSORS = (".safetensors", ".pth", ".pt", ".bin")
+# What tokenizers were stored as before tokenizer.json.
+VOCABULARIES = ("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+# Words that the first BERTs, bert-base-uncased among them, have for a LayerNorm's weight and bias.
+OLD_WORDS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+# BatchNorm's counts of batches: older files lack them, and inference never reads them.
+COUNTER = "num_batches_tracked"
+log = logging.getLogger(__name__)
 
 
 def fetch(recipe: Recipe, layout: Layout) -> None:
@@ -39,13 +47,18 @@ def fetch(recipe: Recipe, layout: Layout) -> None:
     chosen = recipe.fetch
     library, architecture = chosen.backbone.split(":", 1)
     uri, member = sources.split_fragment(chosen.source)
+    if library != "transformers":
+        whole = backbones.build(library, architecture)  # a misspelt name costs no download
     downloaded = sources.fetch(uri, chosen.sha256)
+    digest = sources.digest_of(downloaded)
     with written_whole(layout.weights) as target:
         unpacked = target / ".published"
         unpacked.mkdir()
         published = archives.extract(downloaded, member, unpacked)
-        make = _from_hub_folder if library == "transformers" else _from_tensors
-        state, facts = make(architecture, published, chosen, target)
+        if library == "transformers":
+            state, facts = _from_hub_folder(architecture, published, chosen, target)
+        else:
+            state, facts = _from_tensors(whole, _read(published, chosen, digest), chosen)
         shutil.rmtree(unpacked)
         _save(state, target / "weights.safetensors")
         spec = backbones.Spec(
@@ -53,7 +66,7 @@ def fetch(recipe: Recipe, layout: Layout) -> None:
             architecture=architecture,
             modality=recipe.modality,
             source=sources.redacted(chosen.source),
-            source_sha256=sources.digest_of(downloaded),
+            source_sha256=digest,
             sha256=sha256_of(target / "weights.safetensors"),
             licence=chosen.licence,
             **facts,
@@ -62,59 +75,72 @@ def fetch(recipe: Recipe, layout: Layout) -> None:
         (target / "spec.json").write_text(text, encoding="utf-8")
 
 
-def _from_tensors(
-    architecture: str, published: Path, chosen: Fetch, target: Path
-) -> tuple[State, dict[str, Any]]:
-    """State of an image network from one file of tensors, and what its spec says."""
+def _from_tensors(whole: nn.Module, published: State, chosen: Fetch) -> tuple[State, dict[str, Any]]:
+    """State of an image network, and what its spec says."""
     import torch
 
-    library = chosen.backbone.split(":", 1)[0]
-    whole = backbones.build(library, architecture)
+    library, architecture = chosen.backbone.split(":", 1)
     own = whole.state_dict()
     backbone = backbones.without_classifier(library, whole)
-    wanted = backbone.state_dict()
-    state = _matched(_read(published, chosen), own, set(wanted), chosen)
+    state = _matched(published, own, backbone.state_dict().keys(), chosen)
     backbone.load_state_dict(state)
-    preprocessing = _preprocessing(library, architecture, backbone)
-    preprocessing |= {key: value for key in ("mean", "std") if (value := getattr(chosen, key))}
+    preprocessing = _preprocessing(library, architecture, backbone, chosen)
     side = preprocessing["image_size"]
-    with torch.inference_mode():
-        dim = backbone.eval()(torch.zeros(1, 3, side, side)).shape[1]
+    dim = _dim(chosen, backbone, torch.zeros(1, 3, side, side))
     return state, {"dim": dim, "preprocessing": preprocessing}
 
 
-def _preprocessing(library: str, architecture: str, network: Any) -> dict[str, Any]:
+def _preprocessing(library: str, architecture: str, network: Any, chosen: Fetch) -> dict[str, Any]:
+    """What the network expects its pixels to be like; the recipe has the last word on mean and std."""
     if library == "timm":
         config = network.pretrained_cfg
-        return {
-            "image_size": int(config["input_size"][-1]),
-            "interpolation": config["interpolation"],
-            "mean": list(config["mean"]),
-            "std": list(config["std"]),
-        }
-    import torchvision
+        size, interpolation = config["input_size"][-1], config["interpolation"]
+        mean, std = config["mean"], config["std"]
+    else:
+        from torchvision import models
 
-    transform = torchvision.models.get_model_weights(architecture).DEFAULT.transforms()
+        # One architecture may have weights for several sizes: those that the source names decide.
+        kind, _, name = chosen.source.partition("#")[0].partition(":")
+        if kind == "torchvision":
+            transform = models.get_weight(name).transforms()
+        else:
+            transform = models.get_model_weights(architecture).DEFAULT.transforms()
+        size = getattr(network, "image_size", transform.crop_size[0])  # a ViT takes one size only
+        interpolation = transform.interpolation.value
+        mean, std = transform.mean, transform.std
     return {
-        "image_size": int(transform.crop_size[0]),
-        "interpolation": transform.interpolation.value,
-        "mean": list(transform.mean),
-        "std": list(transform.std),
+        "image_size": int(size),
+        "interpolation": interpolation,
+        "mean": list(chosen.mean or mean),
+        "std": list(chosen.std or std),
     }
 
 
-def _read(published: Path, chosen: Fetch) -> State:
+def _dim(chosen: Fetch, network: nn.Module, *image: Tensor, **text: Tensor) -> int:
+    """Dimensions of the vectors that a network gives, seen by running it once."""
+    import torch
+
+    try:
+        with torch.inference_mode():
+            output = network.eval()(*image, **text)
+        shape = output.shape if isinstance(output, torch.Tensor) else output[0][:, 0].shape
+        _, dim = shape
+    except Exception as error:  # networks that want other inputs, or give other outputs
+        what = f"{chosen.backbone} does not turn each row into one vector"
+        raise _error(chosen, what, [str(error)], "take another architecture as backbone") from error
+    return int(dim)
+
+
+def _read(published: Path, chosen: Fetch, digest: str) -> State:
     """The tensors of a file, by name."""
     if published.is_dir():
         found = sorted(path for path in published.rglob("*") if path.suffix in TENSORS)
         if len(found) != 1:
-            raise HeadstartError(
-                "the weights must be one file",
-                where=chosen.source,
-                table=[str(path.relative_to(published)) for path in found] or ["no file of tensors here"],
-                do="name the file after `#` in fetch.source",
-            )
+            table = [str(path.relative_to(published)) for path in found] or ["no file of tensors here"]
+            do = "name the file after `#` in fetch.source"
+            raise _error(chosen, "the weights must be one file", table, do)
         published = found[0]
+    do = "fetch.source must lead to safetensors, or to a PyTorch state dict of plain tensors"
     if published.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -123,140 +149,168 @@ def _read(published: Path, chosen: Fetch) -> State:
             state: State = load_file(published)
             return state
         except SafetensorError as error:
-            raise _unreadable(chosen, error) from error
-    import pickle
-
+            raise _error(chosen, "the weights cannot be read", [str(error)], do) from error
     import torch
 
     # torchvision's own files carry their digest in their names, which `sources` has checked.
     if chosen.sha256 is None and not chosen.source.startswith("torchvision:"):
-        raise HeadstartError(
+        raise _error(
+            chosen,
             "a pickled file of weights is opened only if the recipe pins its sha256",
-            where=chosen.source,
-            do=f"add `sha256: {sha256_of(published)}` under fetch, if that is the file you mean",
+            [published.name],
+            f"add `sha256: {digest}` under fetch, if that is the file you mean",
         )
     try:
         content = torch.load(published, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise _unreadable(chosen, error) from error
+    except Exception as error:  # torch raises what it likes on a damaged file
+        # Its message would have the user switch the protection off.
+        alien = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"it holds {alien[1]}, not only tensors" if alien else "it is damaged, or not from torch.save"
+        raise _error(chosen, "the weights cannot be read", [why], do) from error
     for wrapper in WRAPPERS:
         content = content.get(wrapper, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise _unreadable(chosen, "it holds more than named tensors")
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+    ):
+        raise _error(chosen, "the weights cannot be read", ["it holds more than named tensors"], do)
     return content
 
 
-def _unreadable(chosen: Fetch, why: object) -> HeadstartError:
-    return HeadstartError(
-        "the weights cannot be read",
-        where=chosen.source,
-        table=str(why).splitlines()[:2],
-        do="fetch.source must lead to safetensors, or to a PyTorch state dict of plain tensors",
-    )
-
-
-def _matched(published: State, own: State, wanted: set[str], chosen: Fetch) -> State:
+def _matched(published: State, own: State, wanted: Iterable[str], chosen: Fetch) -> State:
     """The tensors that ``wanted`` names, found by name or, failing that, by their place in the order.
 
     A publisher who wrote the same architecture in other words still lists the same tensors in the same
     order: that is accepted only if number, shapes and roles (weight, bias, running mean ...) all agree.
     """
-    bare = _unprefixed(published, wanted)
-    if wanted <= {*bare, *_counters(wanted)}:
-        found = {name: bare.get(name, own[name]) for name in wanted}
-    else:
-        theirs = {name: tensor for name, tensor in published.items() if name not in _counters(published)}
-        ours = [name for name in own if name not in _counters(own)]
+    needed = [name for name in own if name in set(wanted) and not name.endswith(COUNTER)]
+    ours = [name for name in own if not name.endswith(COUNTER)]
+    theirs = {
+        re.sub("|".join(OLD_WORDS), lambda old: OLD_WORDS[old[0]], name): tensor
+        for name, tensor in published.items()
+        if not name.endswith(COUNTER)
+    }
+    found = _unprefixed(theirs, needed, chosen)
+    if missing := [name for name in needed if name not in found]:
         same = len(theirs) == len(ours) and all(
-            a.rpartition(".")[2] == b.rpartition(".")[2] and (tensor.shape == own[b].shape or b not in wanted)
+            a.rpartition(".")[2] == b.rpartition(".")[2] and (tensor.shape == own[b].shape or b not in needed)
             for (a, tensor), b in zip(theirs.items(), ours, strict=True)
         )
         if not same:
-            raise _mismatch(chosen, sorted(wanted - set(bare))[:5], "missing in the weights")
-        by_place = dict(zip(ours, theirs.values(), strict=True))
-        found = {name: by_place.get(name, own[name]) for name in wanted}
+            raise _mismatch(chosen, "missing in the weights", missing)
+        found = dict(zip(ours, theirs.values(), strict=True))
     wrong = [
-        f"{name}: {tuple(found[name].shape)}, the architecture has {tuple(own[name].shape)}"
-        for name in sorted(wanted)
+        f"{name}: {_kind(found[name])}, the architecture has {_kind(own[name])}"
+        for name in needed
         if found[name].shape != own[name].shape
+        or found[name].is_floating_point() != own[name].is_floating_point()
     ]
     if wrong:
-        raise _mismatch(chosen, wrong[:5], "of another shape")
-    return {name: found[name] for name in own if name in wanted}
+        raise _mismatch(chosen, "of another shape or kind", wrong)
+    return {name: found.get(name, own[name]) for name in own if name in set(wanted)}
 
 
-def _unprefixed(published: State, wanted: set[str]) -> State:
-    """The tensors under names without a wrapper's prefix, whichever prefix leaves most names known."""
-    candidates = [published] + [
-        {name.removeprefix(prefix): tensor for name, tensor in published.items()} for prefix in PREFIXES
-    ]
-    return max(candidates, key=lambda state: len(wanted & set(state)))
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _counters(names: Any) -> set[str]:
-    """BatchNorm's counts of batches: older files lack them, and inference never reads them."""
-    return {name for name in names if name.endswith("num_batches_tracked")}
+def _unprefixed(published: State, needed: list[str], chosen: Fetch) -> State:
+    """The tensors under the architecture's own names, less what a wrapper has put before them."""
+    landmark = max(needed, key=len)  # hardly the end of another name
+    best: dict[str, State] = {}
+    for prefix in [name.removesuffix(landmark) for name in published if name.endswith(landmark)]:
+        bare = {
+            name.removeprefix(prefix): tensor for name, tensor in published.items() if name.startswith(prefix)
+        }
+        if all(name in bare for name in needed):
+            best[prefix] = bare
+    if len(best) > 1:
+        what = f"the weights hold {chosen.backbone} more than once"
+        raise _error(chosen, what, [f"under {prefix!r}" for prefix in best], "save the one you mean alone")
+    return next(iter(best.values()), published)
 
 
-def _mismatch(chosen: Fetch, lines: list[str], what: str) -> HeadstartError:
-    return HeadstartError(
+def _mismatch(chosen: Fetch, what: str, lines: list[str]) -> HeadstartError:
+    return _error(
+        chosen,
         f"the weights are not those of {chosen.backbone}",
-        where=chosen.source,
-        table=[f"{what}:", *(f"  {line}" for line in lines)],
-        do="name the architecture that these weights were trained as in fetch.backbone",
+        [f"{what}:", *(f"  {line}" for line in lines[:5])],
+        "name the architecture that these weights were trained as in fetch.backbone",
     )
+
+
+def _error(chosen: Fetch, what: str, table: Sequence[str], do: str) -> HeadstartError:
+    lines = [line[:150] for text in table for line in text.splitlines()[:2]]
+    return HeadstartError(what, where=sources.redacted(chosen.source), table=lines, do=do)
 
 
 def _from_hub_folder(
     architecture: str, published: Path, chosen: Fetch, target: Path
 ) -> tuple[State, dict[str, Any]]:
     """State of a text network from a model repository's files; its config and tokenizer go along."""
-    config = _json(published / "config.json", chosen)
-    if config.get("model_type") != architecture:
-        raise HeadstartError(
-            f"the weights are not those of {chosen.backbone}",
-            where=f"{chosen.source}, config.json",
-            do=f"write `backbone: transformers:{config.get('model_type')}` under fetch",
-        )
+    import torch
+
+    kind = _json(published / "config.json", chosen).get("model_type")
+    if kind != architecture:
+        what = f"the weights are not those of {chosen.backbone}"
+        do = f"write `backbone: transformers:{kind}` under fetch" if kind else "take a transformers model"
+        raise _error(chosen, what, [f"config.json says model_type: {kind}"], do)
     if not (published / "model.safetensors").is_file():
-        raise HeadstartError(
-            "the model has no safetensors",
-            where=chosen.source,
-            table=sorted(path.name for path in published.iterdir())[:10],
-            do="take a revision that holds model.safetensors; pickled weights of a hub are not opened",
+        raise _error(
+            chosen,
+            "the model has no model.safetensors",
+            sorted(path.name for path in published.iterdir())[:10],
+            "take a revision that holds it in one file; pickled weights of a hub are not opened",
         )
     shutil.copy(published / "config.json", target / "config.json")
-    _copy_tokenizer(published, target, chosen)
-    wanted = {name for name in backbones.transformer(target).state_dict() if not name.startswith("pooler.")}
-    from safetensors.torch import load_file
+    network: Any = backbones.transformer(target)
+    own = network.state_dict()
+    wanted = [name for name in own if not name.startswith("pooler.")]
+    state = _matched(_read(published / "model.safetensors", chosen, ""), own, wanted, chosen)
+    longest = _copy_tokenizer(published, target, chosen)
+    two = torch.ones(1, 2, dtype=torch.int64)
+    return state, {
+        "dim": _dim(chosen, network, input_ids=two, attention_mask=two),
+        "preprocessing": {
+            "max_tokens": min(longest, _positions(network)),
+            "pooling": _pooling(published, chosen),
+        },
+    }
 
-    own = backbones.transformer(target).state_dict()
-    state = _matched(load_file(published / "model.safetensors"), own, wanted, chosen)
-    tokenizer = published / "tokenizer_config.json"
-    limits = [config.get("max_position_embeddings", 512)]
-    if tokenizer.is_file():
-        limits.append(_json(tokenizer, chosen).get("model_max_length", limits[0]))
-    preprocessing = {"max_tokens": int(min(limits)), "pooling": _pooling(published, chosen)}
-    return state, {"dim": int(config["hidden_size"]), "preprocessing": preprocessing}
+
+def _positions(network: Any) -> int:
+    """The most tokens that a network tells apart; RoBERTa and its kin begin to count after the padding."""
+    from torch import nn
+
+    tables = [
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in network.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+    ]
+    return int(min(tables or [getattr(network.config, "max_position_embeddings", None) or 512]))
 
 
-def _copy_tokenizer(published: Path, target: Path, chosen: Fetch) -> None:
-    """tokenizer.json as it is, or made from an older vocabulary file."""
-    if (published / "tokenizer.json").is_file():
-        shutil.copy(published / "tokenizer.json", target / "tokenizer.json")
-        return
+def _copy_tokenizer(published: Path, target: Path, chosen: Fetch) -> int:
+    """tokenizer.json as it is, or made from an older vocabulary; returns the most tokens it is meant for."""
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
+    made = target / "tokenizer.json"
+    settings = published / "tokenizer_config.json"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(published, local_files_only=True)
-        tokenizer.backend_tokenizer.save(str(target / "tokenizer.json"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise HeadstartError(
-            "the model has no tokenizer that can be read",
-            where=chosen.source,
-            table=str(error).splitlines()[:2],
-            do="take a model with a tokenizer.json",
-        ) from error
+        if (published / "tokenizer.json").is_file():
+            shutil.copy(published / "tokenizer.json", made)
+        elif any((published / name).is_file() for name in VOCABULARIES):
+            AutoTokenizer.from_pretrained(
+                published, local_files_only=True, trust_remote_code=False
+            ).backend_tokenizer.save(str(made))
+        else:  # transformers would make one without a vocabulary
+            raise FileNotFoundError(f"none of tokenizer.json, {', '.join(VOCABULARIES)}")
+        Tokenizer.from_file(str(made))
+    except Exception as error:  # the tokenizers raise plain ones
+        what = "the model has no tokenizer that can be read"
+        raise _error(chosen, what, [str(error)], "take a model with a tokenizer.json") from error
+    longest = _json(settings, chosen).get("model_max_length") if settings.is_file() else None
+    return int(longest or 1 << 30)
 
 
 def _pooling(published: Path, chosen: Fetch) -> str:
@@ -266,19 +320,21 @@ def _pooling(published: Path, chosen: Fetch) -> str:
     the mean of the tokens tells more about a text (Reimers & Gurevych 2019).
     """
     path = published / "1_Pooling" / "config.json"
-    return "cls" if path.is_file() and _json(path, chosen).get("pooling_mode_cls_token") else "mean"
+    told = _json(path, chosen) if path.is_file() else {}
+    if told.get("pooling_mode_cls_token"):
+        return "cls"
+    if told and not told.get("pooling_mode_mean_tokens"):
+        log.warning("%s pools tokens in a way that headstart does not; taking their mean", chosen.backbone)
+    return "mean"
 
 
 def _json(path: Path, chosen: Fetch) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError) as error:
-        raise HeadstartError(
-            f"the model has no {path.name} that can be read",
-            where=chosen.source,
-            do="fetch.source must lead to a folder with config.json, model.safetensors and a tokenizer",
-        ) from error
-    return content
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError) as error:
+        what = f"the model has no {path.name} that can be read"
+        do = "fetch.source must lead to a folder with config.json, model.safetensors and a tokenizer"
+        raise _error(chosen, what, [type(error).__name__], do) from error
 
 
 def _save(state: State, path: Path) -> None:

@@ -34,20 +34,23 @@ def read(item: Path | bytes, side: int, interpolation: str, into: Pixels) -> Non
         into: where the pixels go.
 
     Raises:
-        HeadstartError: no such file, or not an image.
+        HeadstartError: no such file, damaged, or not an image.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
+    resampling = Image.Resampling[interpolation.upper()]
     try:
         with Image.open(item if isinstance(item, Path) else io.BytesIO(item)) as image:
             image.draft(None, (2 * side, 2 * side))  # JPEG only: decodes at the next larger eighth
             upright = _eight_bits(ImageOps.exif_transpose(image))
-            resized = upright.resize((side, side), Image.Resampling[interpolation.upper()])
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        name = str(item) if isinstance(item, Path) else f"{len(item)} bytes"
+            resized = upright.resize((side, side), resampling)
+    except Exception as error:  # decoders raise what they like on a damaged file
+        why = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
+        why = getattr(error, "strerror", None) or why or type(error).__name__
         raise HeadstartError(
             "an image cannot be read",
-            where=f"{name}: {error}" if str(item) not in str(error) else str(error),
+            where=str(item) if isinstance(item, Path) else f"{len(item)} bytes",
+            table=[why[:150]],
             do="replace the file, or leave it out",
         ) from error
     pixels = np.asarray(resized)
@@ -55,10 +58,16 @@ def read(item: Path | bytes, side: int, interpolation: str, into: Pixels) -> Non
 
 
 def _eight_bits(image: Image) -> Image:
-    """The image in mode L or RGB; 16-bit grey keeps its upper eight bits, where Pillow would cut it off."""
+    """The image in mode L or RGB; 16-bit grey keeps its upper eight bits, where Pillow would cut it off.
+
+    Transparency is left away: what a program painted below it counts.
+    """
     from PIL import Image
 
+    if image.mode == "F":
+        raise ValueError("its values are fractions, and nothing says which of them is white")
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.int64)
         return Image.fromarray((grey.clip(0, 65535) >> 8).astype(np.uint8))
+    image.info.pop("transparency", None)  # Pillow warns of one that it does not convert
     return image if image.mode == "L" else image.convert("L" if image.mode in {"1", "LA"} else "RGB")

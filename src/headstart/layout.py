@@ -16,6 +16,7 @@ from pathlib import Path
 
 from headstart.errors import HeadstartError
 
+EARLIER_SPLITS = ".splits.parquet"  # in the raw folder: ids and splits of the snapshot before this one
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 

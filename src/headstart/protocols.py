@@ -6,13 +6,12 @@ an interval. Never writes a file and never touches the model: it measures the wa
 
 from __future__ import annotations
 
-import warnings
 from math import sqrt
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from headstart import splits
 from headstart.errors import HeadstartError
 from headstart.layout import Layout
 from headstart.metrics import METRICS, scores
@@ -20,9 +19,8 @@ from headstart.progress import bar
 from headstart.recipe import Recipe
 from headstart.training import Examples, Rows, fit_rows, load
 
-INNER_FOLDS = (
-    4  # a quarter of the training folds chooses the penalty: 60/20/20 with five folds, as in a recipe
-)
+# A quarter of the training folds chooses the penalty: 60/20/20 with five folds, as in a recipe.
+INNER_FOLDS = 4
 
 
 def cross_validate(
@@ -125,15 +123,8 @@ def _split(
     examples: Examples, rows: Rows, folds: int, seed: int, random_folds: bool
 ) -> list[tuple[Rows, Rows]]:
     """``rows`` cut into folds balanced over label and domain: (the others, the fold), per fold."""
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-
     table = examples.manifest.iloc[rows]
-    strata = table["label"] + "\0" + table["domain"]
-    splitter: Any = StratifiedKFold if random_folds else StratifiedGroupKFold
-    with warnings.catch_warnings():
-        # A label and domain with fewer rows than folds is spread as far as it goes; that is all one can do.
-        warnings.filterwarnings("ignore", message="The least populated class")
-        parts = splitter(folds, shuffle=True, random_state=seed).split(
-            rows, strata, None if random_folds else table["group"]
-        )
-        return [(rows[others], rows[fold]) for others, fold in parts]
+    if random_folds:
+        table = table.assign(group=table["id"])
+    fold = splits.folds(table, folds, seed)
+    return [(rows[fold != number], rows[fold == number]) for number in range(folds)]

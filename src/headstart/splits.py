@@ -1,14 +1,14 @@
 """Splits: which group of rows trains, which chooses settings, which judges.
 
 Goes in: rows with ``id``, ``label``, ``domain`` and ``group``. Comes out: ``train``, ``val`` or ``test`` for
-each. Depends on the seed and on what the rows are, never on their order. Rows that had a split
-keep it.
+each, or its fold of a cross-validation. Depends on the seed and on what the rows are, never on their
+order. Rows that had a split keep it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -24,10 +24,6 @@ def assign(
 ) -> pd.Series:
     """A split for every row: whole groups, balanced over label and domain.
 
-    Groups are dealt one by one, the largest first and equals in the order of a hash; each goes to the
-    split that is furthest behind its share of what the group is made of (iterative stratification,
-    Sechidis et al. 2011, with groups for rows). The share counts within the label and domain together,
-    within each alone and over all: strata of two or three rows would all start with ``train`` otherwise.
     A group with an earlier row keeps that row's split; where earlier rows disagree, as when a
     near-duplicate ties two groups together, the most protected split wins, so that no row ever moves
     from test to train.
@@ -42,25 +38,46 @@ def assign(
         A series of split names, on the frame's index.
     """
     group, names = pd.factorize(frame["group"], sort=True)
+    kept = _earlier_by_group(frame, group, len(names), earlier or {})
+    choice = _deal(frame, [shares.get(split, 0) for split in SPLITS], seed, kept)
+    return pd.Series(np.array(SPLITS)[choice[group]], index=frame.index, name="split")
+
+
+def folds(frame: pd.DataFrame, count: int, seed: int) -> np.ndarray:
+    """The fold, 0 to ``count`` - 1, of every row: whole groups, dealt like splits; int64 [rows]."""
+    group, names = pd.factorize(frame["group"], sort=True)
+    return _deal(frame, [1 / count] * count, seed, np.full(len(names), -1))[group]
+
+
+def _deal(frame: pd.DataFrame, shares: Sequence[float], seed: int, kept: np.ndarray) -> np.ndarray:
+    """The part of each group, in sorted order: where it is ``kept`` (-1: nowhere yet), or is dealt to.
+
+    Groups are dealt one by one, the largest first and equals in the order of a hash; each goes to the
+    part that is furthest behind its share of what the group is made of (iterative stratification,
+    Sechidis et al. 2011, with groups for rows). The share counts within the label and domain together,
+    within each alone and over all: strata of two or three rows would all start with the first part
+    otherwise.
+    """
+    group, names = pd.factorize(frame["group"], sort=True)
     column, count, bounds, width = _counts(frame, group, len(names))
-    choice = _earlier_by_group(frame, group, len(names), earlier or {})
-    open_splits = [PROTECTED[split] for split in SPLITS if shares.get(split)]
-    wanted = np.array([shares[SPLITS[split]] for split in open_splits])
+    choice = kept.copy()
+    open_parts = [part for part, share in enumerate(shares) if share]
+    wanted = np.array([shares[part] for part in open_parts])
     fixed = np.repeat(choice, np.diff(bounds))
-    have = np.zeros((width, len(open_splits)))
-    for i, split in enumerate(open_splits):
-        np.add.at(have[:, i], column[fixed == split], count[fixed == split])
+    have = np.zeros((width, len(open_parts)))
+    for i, part in enumerate(open_parts):
+        np.add.at(have[:, i], column[fixed == part], count[fixed == part])
 
     hashed = np.array([_order(f"{seed}\0{name}") for name in names])
     deal = np.lexsort((hashed, -np.bincount(group)))
     for g in progress.bar(deal[choice[deal] < 0], desc="dealing groups", unit="groups"):
-        part = slice(bounds[g], bounds[g + 1])
-        held, new = have[column[part]], count[part]
+        mine = slice(bounds[g], bounds[g + 1])
+        held, new = have[column[mine]], count[mine]
         behind = new @ (wanted - held / (held.sum(axis=1) + new)[:, None])
         best = int(np.argmax(behind.round(9)))  # equals stay equal on every machine
-        have[column[part], best] += new
-        choice[g] = open_splits[best]
-    return pd.Series(np.array(SPLITS)[choice[group]], index=frame.index, name="split")
+        have[column[mine], best] += new
+        choice[g] = open_parts[best]
+    return choice
 
 
 def _counts(

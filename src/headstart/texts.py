@@ -29,11 +29,15 @@ class Tokens:
         return np.diff(self.bounds)
 
     def padded(self, rows: NDArray[np.int64], padding: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The ids of these texts and 1 where there is one, both int64 [rows, longest of them]."""
+        """The ids of these texts and 1 where there is one, both int64 [rows, longest of them].
+
+        Some tokenizers make nothing of an empty text: it gets one place, since attention to nothing is NaN.
+        """
         lengths = self.lengths[rows]
-        mask = np.arange(lengths.max()) < lengths[:, None]
+        mask = np.arange(max(1, lengths.max())) < lengths[:, None]
         ids = np.full(mask.shape, padding, np.int64)
         ids[mask] = np.concatenate([self.ids[self.bounds[row] : self.bounds[row + 1]] for row in rows])
+        mask[:, 0] = True
         return ids, mask.astype(np.int64)
 
 
@@ -47,20 +51,20 @@ def tokenise(texts: Sequence[str], tokenizer: Path, max_tokens: int) -> Tokens:
     ids, lengths = [], [np.zeros(1, np.int64)]
     for start in range(0, len(texts), CHUNK):
         encoded = [found.ids for found in cutter.encode_batch_fast(list(texts[start : start + CHUNK]))]
-        lengths.append(np.array([len(found) for found in encoded]))
+        lengths.append(np.array([len(found) for found in encoded], np.int64))
         ids.append(np.concatenate([np.array(found, np.int32) for found in encoded]))
     return Tokens(np.concatenate(ids or [np.empty(0, np.int32)]), np.cumsum(np.concatenate(lengths)))
 
 
 def batches(lengths: NDArray[np.int64], tokens: int) -> list[NDArray[np.int64]]:
-    """Rows in batches of about ``tokens`` places, the longest first: what does not fit fails at once.
+    """Rows in batches of at most ``tokens`` places, the longest first: what does not fit fails at once.
 
     Equal lengths stay in order, so the same texts make the same batches.
     """
     order = np.argsort(-lengths, kind="stable")
     found, start = [], 0
     while start < len(order):
-        size = max(1, tokens // int(lengths[order[start]]))
+        size = max(1, tokens // max(1, int(lengths[order[start]])))
         found.append(order[start : start + size])
         start += size
     return found

@@ -21,10 +21,9 @@ import pandas as pd
 
 from headstart import adapters, duplicates, progress, schemas, splits
 from headstart.errors import HeadstartError
-from headstart.layout import Layout, written_whole
+from headstart.layout import EARLIER_SPLITS, Layout, written_whole
 from headstart.recipe import Recipe, Validate
 
-EARLIER_SPLITS = ".splits.parquet"
 COLUMNS = ["id", "label", "confidence", "weight", "domain", "group", "split", "digest"]
 OPTIONAL = ["id", "domain", "group", "split", "left_out", "original", "place"]
 REPEATS = "repeats a row of a more protected split"

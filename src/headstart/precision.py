@@ -1,0 +1,232 @@
+"""Precision: the coarsest arithmetic in which a frozen network still says what it says in float32.
+
+Goes in: a network in float32 and a few batches of what it will see. Comes out: an ``Arithmetic``, and the network
+converted to it. Never changes weights on the disk, and never looks at a label.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+# Vectors of one row in two arithmetics agree if the cosine between them is at least this.
+AGREEMENT = 0.9993
+# So many of the first layers are tried in float32: early on a picture is nearly constant, differences are what
+# counts, and a rounded weight no longer adds up to zero. Later layers bear rounding well.
+FIRST_LAYERS = (0, 2, 3, 1, 4, 6)
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
+
+Inputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a network computes: in one dtype throughout, but for some layers and some biases.
+
+    Args:
+        dtype: name of a torch dtype.
+        exact: names of layers that stay in float32.
+        biases: by layer, float32 biases in place of the network's own. Rounding weights moves what a layer
+            returns by the same amount for almost any input; its bias can take that back (Nagel et al. 2019,
+            "Data-free quantization through weight equalization and bias correction").
+    """
+
+    dtype: str = "float32"
+    exact: tuple[str, ...] = ()
+    biases: dict[str, Tensor] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write it as one safetensors file."""
+        from safetensors.torch import save_file
+
+        said = {"dtype": self.dtype, "exact": json.dumps(self.exact)}
+        save_file({name: bias.contiguous() for name, bias in self.biases.items()}, path, metadata=said)
+
+    @classmethod
+    def load(cls, path: Path) -> Arithmetic:
+        """Read what ``save`` wrote."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            said = file.metadata()
+            biases = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        return cls(said["dtype"], tuple(json.loads(said["exact"])), biases)
+
+
+def choose(
+    network: nn.Module,
+    run: Callable[[nn.Module, Inputs], Tensor],
+    dtypes: Sequence[torch.dtype],
+    calibration: Inputs,
+    check: Inputs,
+) -> Arithmetic:
+    """The first of the ``dtypes``, with the fewest exceptions, that agrees with float32 on every row checked.
+
+    Args:
+        network: float32, folded; it is not changed.
+        run: computes the vectors [rows, dim] of a batch with a network.
+        dtypes: fastest first.
+        calibration: one batch, to measure by how much biases have to be corrected.
+        check: another batch, to judge by.
+    """
+    with torch.inference_mode():
+        expected = run(network, check)
+        layers, means = _layer_means(network, run, calibration)
+        for dtype in dtypes:
+            name = str(dtype).removeprefix("torch.")
+            if _agree(expected, run(converted(copy.deepcopy(network), Arithmetic(name)), check)):
+                return Arithmetic(name)
+            for first in FIRST_LAYERS:
+                exact = Arithmetic(name, tuple(layers[:first]))
+                found = converted(copy.deepcopy(network), exact)
+                arithmetic = Arithmetic(name, exact.exact, _corrected(found, run, calibration, means, exact))
+                if _agree(expected, run(found, check)):
+                    return arithmetic
+    return Arithmetic()
+
+
+def converted(network: nn.Module, arithmetic: Arithmetic) -> nn.Module:
+    """The network itself, computing as ``arithmetic`` says; each layer casts what comes in to its own dtype."""
+    dtype = getattr(torch, arithmetic.dtype)
+    if dtype == torch.float32:
+        return network
+    network.to(dtype)
+    for name, module in network.named_modules():
+        if name in arithmetic.exact:
+            module.float()
+        if name in arithmetic.biases:
+            module.bias = nn.Parameter(arithmetic.biases[name].to(dtype), requires_grad=False)
+        if next(module.children(), None) is None and next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_pre_hook(_cast)
+    return network
+
+
+def folded(network: nn.Module, run: Callable[[nn.Module, Inputs], Tensor], example: Inputs) -> nn.Module:
+    """The network with every BatchNorm that directly follows a convolution multiplied into it.
+
+    What follows what is seen by running ``example``. A compiler can then fuse a convolution with its
+    activation, and nothing is rounded between a convolution and its BatchNorm. Should a convolution feed
+    something else too, the outputs no longer agree, and the network is returned as it was.
+    """
+    result = copy.deepcopy(network)
+    made: dict[int, tuple[nn.Module, Tensor]] = {}
+    pairs: list[tuple[Any, nn.Module]] = []
+
+    def after(module: nn.Module, given: Any, output: Tensor) -> None:
+        made[id(output)] = (module, output)  # kept, so that no other tensor gets the same id
+
+    def before(module: nn.Module, given: Any) -> None:
+        if id(given[0]) in made:
+            pairs.append((made[id(given[0])][0], module))
+
+    convolutions = [module for module in result.modules() if isinstance(module, nn.Conv2d)]
+    norms = [module for module in result.modules() if isinstance(module, nn.BatchNorm2d)]
+    handles = [module.register_forward_hook(after) for module in convolutions]
+    handles += [module.register_forward_pre_hook(before) for module in norms]
+    with torch.inference_mode():
+        run(result, example)
+    for handle in handles:
+        handle.remove()
+    if not pairs:
+        return network
+    names = {module: name for name, module in result.named_modules()}
+    with torch.no_grad():
+        for convolution, norm in pairs:
+            statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+            convolution.weight, convolution.bias = fuse_conv_bn_weights(
+                convolution.weight, convolution.bias, *statistics
+            )
+            parent, _, child = names[norm].rpartition(".")
+            # timm's BatchNorm carries its activation with it.
+            setattr(result.get_submodule(parent), child, getattr(norm, "act", None) or nn.Identity())
+    with torch.inference_mode():
+        same = torch.allclose(run(network, example), run(result, example), rtol=1e-3, atol=1e-4)
+    return result.requires_grad_(False) if same else network
+
+
+def _agree(expected: Tensor, found: Tensor) -> bool:
+    """Whether every row's cosine is large enough; what is not finite agrees with nothing."""
+    return bool((torch.cosine_similarity(expected.float(), found.float(), dim=1) >= AGREEMENT).all())
+
+
+def _layer_means(
+    network: nn.Module, run: Callable[[nn.Module, Inputs], Tensor], inputs: Inputs
+) -> tuple[list[str], dict[str, Tensor]]:
+    """Names of the layers in the order they run, and the mean of each one's outputs per channel."""
+    means: dict[str, Tensor] = {}
+
+    def note(name: str, module: nn.Module, output: Tensor) -> None:
+        means.setdefault(name, _channel_means(module, output))
+
+    with _watched(network, note):
+        run(network, inputs)
+    return list(means), means
+
+
+def _corrected(
+    network: nn.Module,
+    run: Callable[[nn.Module, Inputs], Tensor],
+    inputs: Inputs,
+    means: dict[str, Tensor],
+    arithmetic: Arithmetic,
+) -> dict[str, Tensor]:
+    """Biases that give each layer of a converted network its float32 means, set in it and returned.
+
+    One pass: what a corrected layer returns is what the next one sees.
+    """
+    biases: dict[str, Tensor] = {}
+
+    def correct(name: str, module: Any, output: Tensor) -> Tensor | None:
+        if module.bias is None or name in biases or name in arithmetic.exact:
+            return None
+        error = means[name] - _channel_means(module, output)
+        biases[name] = module.bias.float() + error
+        module.bias = nn.Parameter(biases[name].to(module.bias.dtype), requires_grad=False)
+        shape = [1] * output.ndim
+        shape[_channel(module)] = -1
+        return (output.float() + error.view(shape)).to(output.dtype)
+
+    with _watched(network, correct):
+        run(network, inputs)
+    return biases
+
+
+@contextmanager
+def _watched(network: nn.Module, hook: Callable[[str, nn.Module, Tensor], Any]) -> Iterator[None]:
+    """Call ``hook`` with name, module and output of every layer that runs."""
+    handles = [
+        module.register_forward_hook(lambda module, given, output, name=name: hook(name, module, output))
+        for name, module in network.named_modules()
+        if isinstance(module, LAYERS)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _channel(module: nn.Module) -> int:
+    return -1 if isinstance(module, nn.Linear) else 1
+
+
+def _channel_means(module: nn.Module, output: Tensor) -> Tensor:
+    """float32 [channels]."""
+    return output.float().transpose(_channel(module), -1).flatten(0, -2).mean(dim=0)
+
+
+def _cast(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The first input in the module's own dtype; whole numbers, such as token ids, stay what they are."""
+    first, *others = given
+    if isinstance(first, Tensor) and first.is_floating_point():
+        first = first.to(next(module.parameters(recurse=False)).dtype)
+    return (first, *others)
