@@ -1,8 +1,8 @@
 """Feature extraction against the plain way: fp32, eager, batch 32, text padded to 128 tokens.
 
 Run it with `make bench-features`, after `make demo` has brought data and weights. Both ways start from the
-same files and sentences and end with the same vectors (the smallest cosine between them is printed); they take
-turns, so that a machine that slows down slows both. Start-up, which is paid once per run, is shown apart.
+same files and sentences and end with the same vectors (the smallest cosine between them is printed); they
+take turns, so that a machine that slows down slows both. Start-up, which is paid once per run, is shown apart.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from headstart import backbones, environment
-from headstart.features import Extractor
+from headstart.features import Extractor, arithmetic_for
 from headstart.fetching import fetch
 from headstart.layout import Layout
 from headstart.recipe import Features, Recipe
@@ -103,10 +103,12 @@ def compare(
     name: str, weights: Path, plain: Callable[[list[Any]], Vectors], items: list[Any]
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    ours = Extractor(weights, Features(max_tokens=TOKENS), compiled=True)
+    options = Features(max_tokens=TOKENS)
+    arithmetic = arithmetic_for(weights, options, items)
+    ours = Extractor(weights, options, arithmetic, compiled=True)
     ours(items)
     start_up = time.perf_counter() - start - len(items) / rate(ours, items)[0]
-    eager = Extractor(weights, Features(max_tokens=TOKENS))
+    eager = Extractor(weights, options, arithmetic)
     ways = {"plain": plain, "eager": eager, "ours": ours}
     for way in ways.values():
         way(items[:BATCH])

@@ -23,6 +23,8 @@ from headstart.stages import ERROR_FILE
 
 Outcome = Literal["ran", "restored"]
 BUSY_TRIES = 60
+# What DVC tells a person at a terminal after each stage, and nobody needs five times in a log.
+HINTS = ("To track the changes", "To enable auto staging", "Updating lock file", "Use `dvc push`", "\t")
 
 
 def order(root: Path, recipe: str) -> list[str]:
@@ -146,7 +148,8 @@ def _dvc(
             assert process.stdout is not None
             for line in process.stdout:
                 lines.append(line.rstrip())
-                log(lines[-1])
+                if lines[-1] and not line.startswith(HINTS):
+                    log(lines[-1])
         if process.returncode == 0:
             return lines
         if error_file and error_file.exists():

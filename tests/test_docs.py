@@ -84,7 +84,7 @@ def test_every_environment_variable_in_the_code_is_documented() -> None:
 def test_every_folder_and_file_of_a_run_is_documented() -> None:
     page = TEXT[ROOT / "docs/reference/files.md"]
     graph = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
-    for folder, file in re.findall(r"^ +- (\w+)/\$\{item.recipe\}(?:/([\w./]+))?", graph, re.MULTILINE):
+    for folder, file in re.findall(r"^ +- (\w+)/\$\{item.recipe\}(?:/([\w./]+))?:?$", graph, re.MULTILINE):
         assert f"`{folder}/R/`" in page
         assert not file or f"`{file}`" in page
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -51,9 +53,14 @@ def _options(
     if quiet:
         os.environ["HEADSTART_QUIET"] = "1"
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
-    logging.basicConfig(level="WARNING" if quiet else "INFO", format="%(message)s", stream=sys.stdout)
     for chatty in ("alembic", "dvc", "httpx", "mlflow", "timm"):
         logging.getLogger(chatty).setLevel("WARNING")
+
+
+def _log_plainly() -> None:
+    """Messages alone, for commands without Prefect; with it, Prefect's own format says which task speaks."""
+    quiet = os.environ.get("HEADSTART_QUIET") == "1"
+    logging.basicConfig(level="WARNING" if quiet else "INFO", format="%(message)s", stream=sys.stdout)
 
 
 @app.command()
@@ -73,7 +80,10 @@ def run(
     os.chdir(root)
     from flows.retrain import retrain
 
+    # A Prefect server of the run's own takes 3 s to start; what registering needs is imported meanwhile.
+    threading.Thread(target=importlib.import_module, args=("mlflow",), daemon=True).start()
     outcomes = [retrain(recipe=path.stem) for path in recipes]
+    logging.getLogger("prefect").setLevel("WARNING")  # the outcome is the last line, not a server's farewell
     for outcome in outcomes:
         print(outcome)
 
@@ -84,6 +94,7 @@ def ingest(recipe: RecipePath) -> None:
     from headstart.layout import Layout
     from headstart.recipe import load
 
+    _log_plainly()
     chosen = load(recipe)
     root = environment.project_root(recipe.parent)
     environment.prepare(root)
@@ -105,6 +116,7 @@ def stage(
     from headstart.layout import Layout
     from headstart.recipe import load
 
+    _log_plainly()
     root = environment.project_root(recipe.parent)
     environment.prepare(root)
     stages.run(name, load(recipe), Layout(root, recipe.stem))
@@ -124,6 +136,7 @@ def evaluate_protocol(
     from headstart.layout import Layout
     from headstart.recipe import load
 
+    _log_plainly()
     root = environment.project_root(recipe.parent)
     layout = Layout(root, recipe.stem)
     rows = protocols.cross_validate(load(recipe), layout, folds, seeds, random_folds)

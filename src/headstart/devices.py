@@ -1,7 +1,7 @@
 """Devices: what this machine computes on, and in which arithmetic.
 
-Goes in: the machine, ``HEADSTART_DEVICE``, and a recipe's wish. Comes out: a torch device and a dtype. Never
-moves or runs anything.
+Goes in: the machine and ``HEADSTART_DEVICE``. Comes out: a torch device, and the dtypes that it is fast in.
+Never moves or runs anything.
 """
 
 from __future__ import annotations
@@ -42,24 +42,21 @@ def device() -> torch.device:
     return chosen
 
 
-def dtype(precision: str, on: torch.device) -> torch.dtype:
-    """The arithmetic of a forward pass; ``auto`` takes bfloat16 where the hardware multiplies it faster.
+def name_of(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
-    On a CPU that is one with matrix units (AMX) or dot products (AVX512-BF16); others would only imitate it.
 
-    Args:
-        precision: ``auto``, ``bfloat16`` or ``float32``.
-        on: the device that will compute.
+def fast_dtypes(on: torch.device) -> list[torch.dtype]:
+    """Arithmetics that this device multiplies faster than float32, the fastest first.
+
+    On a CPU that is bfloat16, with matrix units (AMX) or dot products (AVX512-BF16); others would only
+    imitate it. float16 gained nothing on any CPU that was measured.
     """
     import torch
 
-    if precision != "auto":
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[precision]
     if on.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif on.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        fast = bool(able.get("amx_bf16") or able.get("avx512_bf16"))
-    else:
-        fast = False
-    return torch.bfloat16 if fast else torch.float32
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return [torch.bfloat16, torch.float16] if native else [torch.float16]
+    able = torch.cpu.get_capabilities() if on.type == "cpu" else {}
+    return [torch.bfloat16] if able.get("amx_bf16") or able.get("avx512_bf16") else []

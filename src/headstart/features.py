@@ -6,6 +6,8 @@ that training maps into memory. A killed run continues where it was. Never reads
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -24,9 +26,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from headstart import backbones, devices, images, texts
+from headstart import backbones, devices, images, precision, texts
 from headstart.errors import HeadstartError
 from headstart.layout import Layout, sha256_of, unwritable_named, written_whole
+from headstart.precision import Arithmetic
 from headstart.progress import bar
 from headstart.recipe import Features, Recipe
 
@@ -40,6 +43,7 @@ ON_A_GPU = {"images": 256, "tokens": 65_536}
 # torch.compile takes 5 to 15 s to start. It repays that after about so many rows, as `make bench-features`
 # shows; the rule looks at rows and not at a clock, so that the same data give the same bytes.
 COMPILE_FROM = {"image": 4_000, "text": 50_000}
+SAMPLE = 64  # rows that decide on the arithmetic: half of them to calibrate it, half to judge it
 ROWS_PER_SHARD = 2_000  # some 10 s of work: the most that a kill costs
 log = logging.getLogger(__name__)
 
@@ -103,15 +107,14 @@ class Tapped(nn.Module):
         HeadstartError: a layer that the network does not have.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, network: nn.Module, spec: backbones.Spec, layers: Sequence[str] | None) -> None:
         super().__init__()
         self.network, self.layers = network, layers
-        self.dtype = next(network.parameters()).dtype
         self.pooling = spec.preprocessing.get("pooling")
-        self.caught: dict[str, Tensor] = {}
+        # Numbers and not buffers, so that no conversion of the network rounds them.
+        self.mean, self.std = spec.preprocessing.get("mean"), spec.preprocessing.get("std")
+        self.caught: dict[str, Tensor] = {}  # float32 [n, channels] of each layer wanted
+        self.mask: Tensor | None = None
         known = dict(network.named_modules())
         if unknown := [name for name in layers or () if name not in known]:
             raise HeadstartError(
@@ -122,27 +125,37 @@ class Tapped(nn.Module):
             )
         for name in layers or ():
             known[name].register_forward_hook(partial(self._catch, name))
-        if spec.modality == "image":
-            for key in ("mean", "std"):
-                value = 255 * torch.tensor(spec.preprocessing[key]).view(1, 3, 1, 1)
-                self.register_buffer(key, value, persistent=False)
 
     def _catch(self, name: str, module: nn.Module, given: Any, output: Any) -> None:
-        self.caught[name] = output if isinstance(output, Tensor) else output[0]
+        # At once: what follows may change it in place. Of a layer that runs twice, the first time counts.
+        first = output if isinstance(output, Tensor) else output[0]
+        self.caught.setdefault(name, averaged(first, self.mask))
+        # A compiler leaves out by itself what nobody asks for.
+        if len(self.caught) == len(self.layers or ()) and not torch.compiler.is_compiling():
+            raise _Enough
 
     def forward(self, first: Tensor, mask: Tensor | None = None) -> Tensor:
         """Vectors of one batch."""
+        if self.layers is None:
+            return self._pooled(first, mask).float()
+        self.mask = mask
+        self.caught.clear()
+        with contextlib.suppress(_Enough):
+            self._pooled(first, mask)
+        return torch.cat([self.caught.pop(name) for name in self.layers], dim=1)
+
+    def _pooled(self, first: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:
             pixels = first.permute(0, 3, 1, 2).float()  # whose memory has the channels last already
-            pooled = self.network(((pixels - self.mean) / self.std).to(self.dtype))
-        else:
-            tokens = self.network(input_ids=first, attention_mask=mask)[0]
-            pooled = tokens[:, 0] if self.pooling == "cls" else averaged(tokens, mask)
-        if self.layers is None:
-            whole: Tensor = pooled.float()
-            return whole
-        caught = [self.caught.pop(name) for name in self.layers]
-        return torch.cat([averaged(output, mask) for output in caught], dim=1)
+            mean, std = (255 * pixels.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
+            image: Tensor = self.network((pixels - mean) / std)
+            return image
+        tokens: Tensor = self.network(input_ids=first, attention_mask=mask)[0]
+        return tokens[:, 0] if self.pooling == "cls" else averaged(tokens, mask)
+
+
+class _Enough(Exception):  # noqa: N818  # it is no error
+    """Every layer wanted has been reached."""
 
 
 class Extractor:
@@ -150,22 +163,30 @@ class Extractor:
 
     Args:
         weights: a folder that ``fetch`` wrote.
-        options: which layers to tap, at what size and precision.
+        options: which layers to tap, and at what size.
+        arithmetic: how to compute.
         compiled: use torch.compile; where that fails, as without a C++ compiler, the network runs as it is.
 
     Raises:
         HeadstartError: the backbone is missing, has no such layers, or does not take images of this size.
     """
 
-    def __init__(self, weights: Path, options: Features, compiled: bool = False) -> None:
+    def __init__(
+        self, weights: Path, options: Features, arithmetic: Arithmetic, compiled: bool = False
+    ) -> None:
         self.weights, self.options = weights, options
         self.lock = Lock()  # a served model may be asked from several threads; hooks leave tensors on the way
         self.device = devices.device()
-        self.dtype = devices.dtype(options.precision, self.device)
         network, self.spec = backbones.load(weights)
-        self.network = Tapped(network.to(self.dtype), self.spec, options.layers).to(self.device)
+        self.padding = getattr(getattr(network, "config", None), "pad_token_id", None) or 0
         if self.spec.modality == "image":
-            self.network = self.network.to(memory_format=torch.channels_last)
+            side = side_of(self.spec, options)
+            if _foldable(network, options.layers):
+                with self._options_named():
+                    network = precision.folded(network, torch.zeros(1, 3, side, side))
+            network = network.to(memory_format=torch.channels_last)
+        tapped = Tapped(network, self.spec, options.layers)
+        self.network = precision.converted(tapped, arithmetic).to(self.device)
         self.compiled = None
         self.dim = self._tried()
         if compiled:
@@ -181,8 +202,15 @@ class Extractor:
         else:
             side = side_of(self.spec, self.options)
             tensors = [torch.zeros(2, side, side, 3, dtype=torch.uint8)]
-        try:
+        with self._options_named():
             _, dim = self._forward(*(tensor.to(self.device) for tensor in tensors)).shape
+        return int(dim)
+
+    @contextlib.contextmanager
+    def _options_named(self) -> Iterator[None]:
+        """Turn a failure of the network on its first inputs into words."""
+        try:
+            yield
         except Exception as error:  # whatever the network's own code raises
             raise HeadstartError(
                 f"{self.spec.architecture} does not run with these options",
@@ -190,7 +218,6 @@ class Extractor:
                 table=[f"layers: {self.options.layers}, image_size: {self.options.image_size}", _line(error)],
                 do="take other features.layers or another features.image_size, or leave them out",
             ) from error
-        return int(dim)
 
     def reader(self, items: Sequence[Item]) -> Reader:
         """The items in batches, in an order that depends on nothing but them.
@@ -206,9 +233,8 @@ class Extractor:
                 do="give the model what it was trained on",
             )
         if text:
-            padding = getattr(self.network.network.config, "pad_token_id", None) or 0
             most = min(self.options.max_tokens, self.spec.preprocessing["max_tokens"])
-            return Texts(items, self.weights / "tokenizer.json", most, padding, self.device.type)  # type: ignore[arg-type]
+            return Texts(items, self.weights / "tokenizer.json", most, self.padding, self.device.type)  # type: ignore[arg-type]
         return Images(items, self.spec, self.options, self.device.type)  # type: ignore[arg-type]
 
     def __call__(self, items: Sequence[Item]) -> NDArray[np.float32]:
@@ -226,8 +252,12 @@ class Extractor:
         """
         for rows, arrays in _ahead(reader, batches):
             least = 0 if self.compiled is None else reader.smallest
-            tensors = [torch.from_numpy(_filled(array, least)).to(self.device) for array in arrays]
+            tensors = self.tensors([_filled(array, least) for array in arrays])
             yield rows, self._forward(*tensors)[: len(rows)].cpu().numpy()
+
+    def tensors(self, arrays: Sequence[NDArray[Any]]) -> tuple[Tensor, ...]:
+        """What a reader has read, on the device."""
+        return tuple(torch.from_numpy(array).to(self.device) for array in arrays)
 
     def _forward(self, *tensors: Tensor) -> Tensor:
         with self.lock, torch.inference_mode():
@@ -255,11 +285,13 @@ def features(recipe: Recipe, layout: Layout) -> None:
     ids, items, digest = _rows(recipe, layout)
     wanted = recipe.features.compile
     compiled = len(items) >= COMPILE_FROM[recipe.modality] if wanted is None else wanted
-    extractor = Extractor(layout.weights, recipe.features, compiled)
+    arithmetic = arithmetic_for(layout.weights, recipe.features, items)
+    extractor = Extractor(layout.weights, recipe.features, arithmetic, compiled)
     described = {
         "rows": len(items),
         "layers": recipe.features.layers,
-        "precision": str(extractor.dtype).removeprefix("torch."),
+        "precision": arithmetic.dtype,
+        "exact_layers": list(arithmetic.exact),
         "backbone_sha256": extractor.spec.sha256,
         "manifest_sha256": digest,
         "dim": extractor.dim,
@@ -270,8 +302,25 @@ def features(recipe: Recipe, layout: Layout) -> None:
         ids.to_parquet(folder / "ids.parquet", index=False)
         text = json.dumps(described, indent=2, sort_keys=True) + "\n"
         (folder / "features.json").write_text(text, encoding="utf-8")
+        arithmetic.save(folder / "arithmetic.safetensors")
         shutil.move(array, folder / "features.npy")  # the last step: what fails before it can be repeated
     shutil.rmtree(layout.work / "features", ignore_errors=True)
+
+
+def arithmetic_for(weights: Path, options: Features, items: Sequence[Item]) -> Arithmetic:
+    """What the recipe says, or the fastest arithmetic that agrees with float32 on a sample of the items."""
+    if options.precision != "auto":
+        return Arithmetic(options.precision)
+    exact = Extractor(weights, options, Arithmetic())
+    dtypes = devices.fast_dtypes(exact.device)
+    if not dtypes or not items:
+        return Arithmetic()
+    sample = exact.reader([items[i] for i in np.unique(np.linspace(0, len(items) - 1, SAMPLE).astype(int))])
+    rows = np.sort(np.concatenate(sample.batches))
+    calibration, check = (
+        exact.tensors(sample.read(part)) for part in (rows[::2], rows[1::2] if len(rows) > 1 else rows)
+    )
+    return precision.choose(exact.network, dtypes, calibration, check)
 
 
 def _rows(recipe: Recipe, layout: Layout) -> tuple[Any, list[Item], str]:
@@ -282,7 +331,7 @@ def _rows(recipe: Recipe, layout: Layout) -> tuple[Any, list[Item], str]:
     column = "text" if recipe.modality == "text" else "path"
     try:
         digest = sha256_of(path)
-        table = pd.read_parquet(path)  # all columns: which of them there are is in question
+        table = pd.read_parquet(path)
     except FileNotFoundError as error:
         raise HeadstartError(
             "there is no manifest",
@@ -325,6 +374,7 @@ def _extract(extractor: Extractor, items: Sequence[Item], work: Path, key: dict[
             target.flush()
             with journal.open("a", encoding="ascii") as file:
                 file.write(f"{number}\n")
+                file.flush()
                 os.fsync(file.fileno())
     return array
 
@@ -332,7 +382,10 @@ def _extract(extractor: Extractor, items: Sequence[Item], work: Path, key: dict[
 def _digest(extractor: Extractor, key: dict[str, Any]) -> str:
     """A name for the work on one array: all that its bytes, and the division into batches, depend on."""
     library = Path(__file__).parent
-    files = [library / f"{name}.py" for name in ("backbones", "devices", "features", "images", "texts")]
+    files = [
+        library / f"{name}.py"
+        for name in ("backbones", "devices", "features", "images", "precision", "texts")
+    ]
     files += sorted(extractor.weights.glob("*.json"))  # spec.json holds the digest of the weights
     content = [sha256_of(file) for file in files]
     machine = [extractor.device.type, torch.__version__]
@@ -383,6 +436,8 @@ def _allocated(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
                 file.write(zeros[:left])
     except OSError as error:
         path.unlink(missing_ok=True)
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise
         raise HeadstartError(
             f"there is no room for the features: {error.strerror}",
             where=str(path),
@@ -410,6 +465,16 @@ def _filled(array: NDArray[Any], rows: int) -> NDArray[Any]:
     """The array with its last row repeated until there are at least so many."""
     short = rows - len(array)
     return np.concatenate([array, np.repeat(array[-1:], short, axis=0)]) if short > 0 else array
+
+
+def _foldable(network: nn.Module, layers: Sequence[str] | None) -> bool:
+    """Whether no layer wanted is a convolution or a BatchNorm, or inside of one: those change by folding."""
+    folding = [
+        f"{name}."
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d)
+    ]
+    return not any(f"{layer}.".startswith(tuple(folding)) for layer in layers or ())
 
 
 def side_of(spec: backbones.Spec, options: Features) -> int:

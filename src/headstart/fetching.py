@@ -30,8 +30,6 @@ WRAPPERS = ("state_dict", "model", "model_state_dict")  # where published checkp
 TENSORS = (".safetensors", ".pth", ".pt", ".bin")
 # What tokenizers were stored as before tokenizer.json.
 VOCABULARIES = ("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-# Words that the first BERTs, bert-base-uncased among them, have for a LayerNorm's weight and bias.
-OLD_WORDS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 # BatchNorm's counts of batches: older files lack them, and inference never reads them.
 COUNTER = "num_batches_tracked"
 log = logging.getLogger(__name__)
@@ -184,20 +182,17 @@ def _matched(published: State, own: State, wanted: Iterable[str], chosen: Fetch)
     """
     needed = [name for name in own if name in set(wanted) and not name.endswith(COUNTER)]
     ours = [name for name in own if not name.endswith(COUNTER)]
-    theirs = {
-        re.sub("|".join(OLD_WORDS), lambda old: OLD_WORDS[old[0]], name): tensor
-        for name, tensor in published.items()
-        if not name.endswith(COUNTER)
-    }
+    theirs = {name: tensor for name, tensor in published.items() if not name.endswith(COUNTER)}
     found = _unprefixed(theirs, needed, chosen)
     if missing := [name for name in needed if name not in found]:
-        same = len(theirs) == len(ours) and all(
+        names = needed if len(theirs) == len(needed) else ours  # without the classifier, or with it
+        same = len(theirs) == len(names) and all(
             a.rpartition(".")[2] == b.rpartition(".")[2] and (tensor.shape == own[b].shape or b not in needed)
-            for (a, tensor), b in zip(theirs.items(), ours, strict=True)
+            for (a, tensor), b in zip(theirs.items(), names, strict=True)
         )
         if not same:
             raise _mismatch(chosen, "missing in the weights", missing)
-        found = dict(zip(ours, theirs.values(), strict=True))
+        found = dict(zip(names, theirs.values(), strict=True))
     wrong = [
         f"{name}: {_kind(found[name])}, the architecture has {_kind(own[name])}"
         for name in needed
@@ -254,18 +249,16 @@ def _from_hub_folder(
         what = f"the weights are not those of {chosen.backbone}"
         do = f"write `backbone: transformers:{kind}` under fetch" if kind else "take a transformers model"
         raise _error(chosen, what, [f"config.json says model_type: {kind}"], do)
-    if not (published / "model.safetensors").is_file():
+    if not any(published.glob("*.safetensors")):
         raise _error(
             chosen,
-            "the model has no model.safetensors",
+            "the model has no safetensors",
             sorted(path.name for path in published.iterdir())[:10],
-            "take a revision that holds it in one file; pickled weights of a hub are not opened",
+            "take a revision that holds them; pickled weights of a hub are not opened",
         )
+    network = _transformer(published, chosen)
+    state = {name: value for name, value in network.state_dict().items() if not name.startswith("pooler.")}
     shutil.copy(published / "config.json", target / "config.json")
-    network: Any = backbones.transformer(target)
-    own = network.state_dict()
-    wanted = [name for name in own if not name.startswith("pooler.")]
-    state = _matched(_read(published / "model.safetensors", chosen, ""), own, wanted, chosen)
     longest = _copy_tokenizer(published, target, chosen)
     two = torch.ones(1, 2, dtype=torch.int64)
     return state, {
@@ -275,6 +268,40 @@ def _from_hub_folder(
             "pooling": _pooling(published, chosen),
         },
     }
+
+
+def _transformer(published: Path, chosen: Fetch) -> Any:
+    """The network with its weights, by transformers' own rules for the names of older and other versions."""
+    import torch
+    from transformers import AutoModel
+    from transformers.utils import logging as chatter
+
+    loud, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    chatter.set_verbosity(logging.CRITICAL)  # it would show the classifiers that are left away, line by line
+    chatter.disable_progress_bar()
+    try:
+        network, report = AutoModel.from_pretrained(
+            published,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # told below, by name
+            output_loading_info=True,
+        )
+    except Exception as error:  # a config may say anything
+        what = "transformers cannot load this model"
+        do = "take a model of an architecture that transformers itself holds"
+        raise _error(chosen, what, [f"{type(error).__name__}: {error}"], do) from error
+    finally:
+        chatter.set_verbosity(loud)
+        if bars:
+            chatter.enable_progress_bar()
+    if missing := sorted(name for name in report["missing_keys"] if not name.startswith("pooler.")):
+        raise _mismatch(chosen, "missing in the weights", missing)
+    if wrong := sorted(str(found) for found in report["mismatched_keys"]):
+        raise _mismatch(chosen, "of another shape", wrong)
+    return network
 
 
 def _positions(network: Any) -> int:

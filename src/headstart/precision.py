@@ -1,7 +1,7 @@
 """Precision: the coarsest arithmetic in which a frozen network still says what it says in float32.
 
-Goes in: a network in float32 and a few batches of what it will see. Comes out: an ``Arithmetic``, and the network
-converted to it. Never changes weights on the disk, and never looks at a label.
+Goes in: a network in float32 and a few batches of what it will see. Comes out: an ``Arithmetic``, and the
+network converted to it. Never changes weights on the disk, and never looks at a label.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from headstart import devices
+
 # Vectors of one row in two arithmetics agree if the cosine between them is at least this.
 AGREEMENT = 0.9993
-# So many of the first layers are tried in float32: early on a picture is nearly constant, differences are what
-# counts, and a rounded weight no longer adds up to zero. Later layers bear rounding well.
-FIRST_LAYERS = (0, 2, 3, 1, 4, 6)
+# So many of the first layers are tried in float32. Early on a picture is nearly constant and its differences
+# are what counts: weights that should add up to zero no longer do when rounded. Later layers bear rounding.
+FIRST_LAYERS = (0, 1, 2, 3, 4, 6)
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 Inputs = tuple[Tensor, ...]
@@ -64,7 +66,6 @@ class Arithmetic:
 
 def choose(
     network: nn.Module,
-    run: Callable[[nn.Module, Inputs], Tensor],
     dtypes: Sequence[torch.dtype],
     calibration: Inputs,
     check: Inputs,
@@ -72,30 +73,29 @@ def choose(
     """The first of the ``dtypes``, with the fewest exceptions, that agrees with float32 on every row checked.
 
     Args:
-        network: float32, folded; it is not changed.
-        run: computes the vectors [rows, dim] of a batch with a network.
+        network: float32, folded; maps a batch to vectors [rows, dim]; it is not changed.
         dtypes: fastest first.
         calibration: one batch, to measure by how much biases have to be corrected.
         check: another batch, to judge by.
     """
     with torch.inference_mode():
-        expected = run(network, check)
-        layers, means = _layer_means(network, run, calibration)
+        expected = network(*check)
+        layers, means = _layer_means(network, calibration)
         for dtype in dtypes:
-            name = str(dtype).removeprefix("torch.")
-            if _agree(expected, run(converted(copy.deepcopy(network), Arithmetic(name)), check)):
+            name = devices.name_of(dtype)
+            if _agree(expected, converted(copy.deepcopy(network), Arithmetic(name))(*check)):
                 return Arithmetic(name)
             for first in FIRST_LAYERS:
                 exact = Arithmetic(name, tuple(layers[:first]))
                 found = converted(copy.deepcopy(network), exact)
-                arithmetic = Arithmetic(name, exact.exact, _corrected(found, run, calibration, means, exact))
-                if _agree(expected, run(found, check)):
+                arithmetic = Arithmetic(name, exact.exact, _corrected(found, calibration, means, exact))
+                if _agree(expected, found(*check)):
                     return arithmetic
     return Arithmetic()
 
 
 def converted(network: nn.Module, arithmetic: Arithmetic) -> nn.Module:
-    """The network itself, computing as ``arithmetic`` says; each layer casts what comes in to its own dtype."""
+    """The network itself, computing as ``arithmetic`` says; each layer casts its input to its own dtype."""
     dtype = getattr(torch, arithmetic.dtype)
     if dtype == torch.float32:
         return network
@@ -110,7 +110,7 @@ def converted(network: nn.Module, arithmetic: Arithmetic) -> nn.Module:
     return network
 
 
-def folded(network: nn.Module, run: Callable[[nn.Module, Inputs], Tensor], example: Inputs) -> nn.Module:
+def folded(network: nn.Module, example: Tensor) -> nn.Module:
     """The network with every BatchNorm that directly follows a convolution multiplied into it.
 
     What follows what is seen by running ``example``. A compiler can then fuse a convolution with its
@@ -119,7 +119,7 @@ def folded(network: nn.Module, run: Callable[[nn.Module, Inputs], Tensor], examp
     """
     result = copy.deepcopy(network)
     made: dict[int, tuple[nn.Module, Tensor]] = {}
-    pairs: list[tuple[Any, nn.Module]] = []
+    pairs: list[tuple[Any, Any]] = []
 
     def after(module: nn.Module, given: Any, output: Tensor) -> None:
         made[id(output)] = (module, output)  # kept, so that no other tensor gets the same id
@@ -133,7 +133,7 @@ def folded(network: nn.Module, run: Callable[[nn.Module, Inputs], Tensor], examp
     handles = [module.register_forward_hook(after) for module in convolutions]
     handles += [module.register_forward_pre_hook(before) for module in norms]
     with torch.inference_mode():
-        run(result, example)
+        result(example)
     for handle in handles:
         handle.remove()
     if not pairs:
@@ -149,7 +149,7 @@ def folded(network: nn.Module, run: Callable[[nn.Module, Inputs], Tensor], examp
             # timm's BatchNorm carries its activation with it.
             setattr(result.get_submodule(parent), child, getattr(norm, "act", None) or nn.Identity())
     with torch.inference_mode():
-        same = torch.allclose(run(network, example), run(result, example), rtol=1e-3, atol=1e-4)
+        same = torch.allclose(network(example), result(example), rtol=1e-3, atol=1e-4)
     return result.requires_grad_(False) if same else network
 
 
@@ -158,9 +158,7 @@ def _agree(expected: Tensor, found: Tensor) -> bool:
     return bool((torch.cosine_similarity(expected.float(), found.float(), dim=1) >= AGREEMENT).all())
 
 
-def _layer_means(
-    network: nn.Module, run: Callable[[nn.Module, Inputs], Tensor], inputs: Inputs
-) -> tuple[list[str], dict[str, Tensor]]:
+def _layer_means(network: nn.Module, inputs: Inputs) -> tuple[list[str], dict[str, Tensor]]:
     """Names of the layers in the order they run, and the mean of each one's outputs per channel."""
     means: dict[str, Tensor] = {}
 
@@ -168,13 +166,12 @@ def _layer_means(
         means.setdefault(name, _channel_means(module, output))
 
     with _watched(network, note):
-        run(network, inputs)
+        network(*inputs)
     return list(means), means
 
 
 def _corrected(
     network: nn.Module,
-    run: Callable[[nn.Module, Inputs], Tensor],
     inputs: Inputs,
     means: dict[str, Tensor],
     arithmetic: Arithmetic,
@@ -196,7 +193,7 @@ def _corrected(
         return (output.float() + error.view(shape)).to(output.dtype)
 
     with _watched(network, correct):
-        run(network, inputs)
+        network(*inputs)
     return biases
 
 

@@ -32,11 +32,16 @@ class Classifier(PythonModel):  # type: ignore[misc]
 
     def load_context(self, context: Any) -> None:
         """Load the backbone and the head from the model's own files."""
+        from headstart import devices
         from headstart.features import Extractor
+        from headstart.precision import Arithmetic
 
         parts = {name: Path(path) for name, path in context.artifacts.items()}
         options = Features.model_validate_json(parts["features"].read_text(encoding="utf-8"))
-        self.extractor = Extractor(parts["backbone"], options)
+        arithmetic = Arithmetic.load(parts["arithmetic"])
+        if arithmetic.dtype not in map(devices.name_of, devices.fast_dtypes(devices.device())):
+            arithmetic = Arithmetic()  # this machine would only imitate it; float32 says the same
+        self.extractor = Extractor(parts["backbone"], options, arithmetic)
         self.head = Head.load(parts["head"])
         self.classes = json.loads(parts["model"].read_text(encoding="utf-8"))["classes"]
 

@@ -120,8 +120,9 @@ class Features(Block):
     """Side in pixels of the square that images are resized to; by default the backbone's own."""
     max_tokens: int = Field(default=128, ge=8)
     """Texts are cut after this many tokens."""
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Arithmetic of the forward pass; ``auto`` takes bfloat16 where the hardware multiplies it faster."""
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Arithmetic of the forward pass; ``auto`` takes the fastest that the hardware has and that agrees with
+    float32 on a sample of the rows."""
     compile: bool | None = None
     """Use torch.compile; by default only when there are rows enough to repay its start-up."""
 

@@ -182,6 +182,7 @@ def _log_model(recipe: Recipe, layout: Layout) -> Any:
                 "head": (layout.model / "head.safetensors").as_posix(),
                 "model": (layout.model / "model.json").as_posix(),
                 "features": choices.as_posix(),
+                "arithmetic": (layout.features / "arithmetic.safetensors").as_posix(),
             },
             signature=ModelSignature(inputs=inputs, outputs=outputs),
             input_example=pd.DataFrame(example),

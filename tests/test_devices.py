@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headstart import devices
+from headstart.errors import HeadstartError
+
+
+def test_without_a_wish_there_is_always_a_device_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(devices.DEVICE, raising=False)
+    found = devices.device()
+    assert torch.ones(2, device=found).sum().item() == 2
+    if not torch.accelerator.is_available():
+        assert found == torch.device("cpu")
+
+
+@pytest.mark.parametrize("wish", ["cpu", "cpu:0"])
+def test_the_device_wished_for_is_the_one_taken(wish: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(devices.DEVICE, wish)
+    assert devices.device() == torch.device(wish)
+
+
+@pytest.mark.parametrize("wish", ["gpu", "CPU", "cuda:99", "xla", "hpu", "xpu:99", "meta", " "])
+def test_a_device_that_is_not_here_is_named_with_those_to_choose_from(
+    wish: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(devices.DEVICE, wish)
+    with pytest.raises(HeadstartError, match="there is no device") as caught:
+        devices.device()
+    assert repr(wish) in caught.value.what
+    assert caught.value.where == devices.DEVICE
+    assert "cpu, cuda or mps" in caught.value.do
+
+
+def test_arithmetics_go_by_the_names_that_recipes_use() -> None:
+    assert [devices.name_of(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)] == [
+        "bfloat16",
+        "float16",
+        "float32",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("able", "expected"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": False}, [torch.bfloat16]),
+        ({"amx_bf16": False, "avx512_bf16": True}, [torch.bfloat16]),
+        ({"amx_bf16": False, "avx512_bf16": False}, []),
+        ({"architecture": "aarch64"}, []),
+    ],
+)
+def test_a_processor_is_fast_in_bfloat16_only_if_it_multiplies_it(
+    able: dict[str, object], expected: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert devices.fast_dtypes(torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(
+    ("native", "expected"), [(True, [torch.bfloat16, torch.float16]), (False, [torch.float16])]
+)
+def test_a_gpu_is_asked_for_real_bfloat16_and_not_for_imitation(
+    native: bool, expected: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert devices.fast_dtypes(torch.device("cuda")) == expected
+
+
+def test_hardware_that_nobody_knows_is_left_with_float32() -> None:
+    assert devices.fast_dtypes(torch.device("mps")) == []

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from headstart import texts
+from tests import examples
+
+SENTENCES = [
+    "the film was splendid",
+    "",
+    "a bore",
+    "the garden next to the train was cold and dull and truly awful",
+    "the film was splendid",
+    "zebra",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bert")
+    examples.write_bert(folder)
+    return folder / "tokenizer.json"
+
+
+def tokens_of(found: texts.Tokens, row: int) -> list[int]:
+    return found.ids[found.bounds[row] : found.bounds[row + 1]].tolist()
+
+
+def test_each_text_has_the_tokens_that_it_would_have_alone(tokenizer: Path) -> None:
+    alone = Tokenizer.from_file(str(tokenizer))
+    found = texts.tokenise(SENTENCES, tokenizer, 64)
+    for row, sentence in enumerate(SENTENCES):
+        assert tokens_of(found, row) == alone.encode(sentence).ids
+    assert found.lengths.tolist() == [6, 2, 4, 15, 6, 3]
+
+
+def test_texts_beyond_one_chunk_are_all_there(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = texts.tokenise(SENTENCES, tokenizer, 64)
+    monkeypatch.setattr(texts, "CHUNK", 4)
+    pieces = texts.tokenise(SENTENCES, tokenizer, 64)
+    assert (pieces.ids == whole.ids).all()
+    assert (pieces.bounds == whole.bounds).all()
+
+
+def test_the_order_of_the_texts_does_not_change_their_tokens(tokenizer: Path) -> None:
+    one = texts.tokenise(SENTENCES, tokenizer, 64)
+    two = texts.tokenise(SENTENCES[::-1], tokenizer, 64)
+    for row in range(len(SENTENCES)):
+        assert tokens_of(one, row) == tokens_of(two, len(SENTENCES) - 1 - row)
+
+
+def test_a_long_text_is_cut_and_keeps_the_marks_around_it(tokenizer: Path) -> None:
+    whole = tokens_of(texts.tokenise(SENTENCES, tokenizer, 64), 3)
+    cut = tokens_of(texts.tokenise(SENTENCES, tokenizer, 8), 3)
+    assert cut == [*whole[:7], whole[-1]]
+
+
+def test_padding_and_truncation_that_a_tokenizer_was_saved_with_do_not_count(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    saved = Tokenizer.from_file(str(tokenizer))
+    saved.enable_padding(length=50)
+    saved.enable_truncation(5, direction="left")
+    saved.save(str(tmp_path / "tokenizer.json"))
+    one, two = (texts.tokenise(SENTENCES, path, 12) for path in (tokenizer, tmp_path / "tokenizer.json"))
+    assert (one.ids == two.ids).all()
+    assert (one.bounds == two.bounds).all()
+
+
+def test_no_texts_are_no_tokens_and_no_batches(tokenizer: Path) -> None:
+    found = texts.tokenise([], tokenizer, 64)
+    assert found.lengths.tolist() == []
+    assert texts.batches(found.lengths, 100) == []
+
+
+def test_a_batch_is_padded_to_its_longest_and_says_where_there_is_text(tokenizer: Path) -> None:
+    found = texts.tokenise(SENTENCES, tokenizer, 64)
+    ids, mask = found.padded(np.array([2, 0, 1]), padding=9)
+    a, b, c = (tokens_of(found, row) for row in (2, 0, 1))
+    assert ids.tolist() == [[*a, 9, 9], b, [*c, 9, 9, 9, 9]]
+    assert mask.tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6, [1, 1, 0, 0, 0, 0]]
+    assert ids.dtype == mask.dtype == np.int64
+
+
+def test_a_text_without_a_single_token_still_has_a_place(tmp_path: Path) -> None:
+    bare = Tokenizer(models.WordLevel({"[UNK]": 0, "word": 1}, unk_token="[UNK]"))  # no marks around a text
+    bare.pre_tokenizer = pre_tokenizers.Whitespace()
+    bare.save(str(tmp_path / "tokenizer.json"))
+    found = texts.tokenise(["", "word word", ""], tmp_path / "tokenizer.json", 8)
+    assert found.lengths.tolist() == [0, 2, 0]
+    assert sorted(np.concatenate(texts.batches(found.lengths, 4)).tolist()) == [0, 1, 2]
+    ids, mask = found.padded(np.array([0, 1]), padding=7)
+    assert ids.tolist() == [[7, 7], [1, 1]]
+    assert mask.tolist() == [[1, 0], [1, 1]]
+    ids, mask = found.padded(np.array([0, 2]), padding=7)
+    assert ids.tolist() == [[7], [7]]
+    assert mask.tolist() == [[1], [1]]
+
+
+@pytest.mark.parametrize("budget", [1, 30, 128, 4096])
+def test_batches_hold_every_text_once_longest_first_within_the_budget(budget: int) -> None:
+    lengths = np.random.default_rng(0).integers(2, 129, 500)
+    found = texts.batches(lengths, budget)
+    order = np.concatenate(found)
+    assert sorted(order.tolist()) == list(range(500))
+    assert (np.diff(lengths[order]) <= 0).all()
+    for rows in found:
+        assert len(rows) == 1 or len(rows) * lengths[rows].max() <= budget
+
+
+def test_batches_leave_hardly_any_place_empty() -> None:
+    lengths = np.random.default_rng(0).integers(2, 129, 5000)
+    places = sum(len(rows) * lengths[rows].max() for rows in texts.batches(lengths, 4096))
+    assert places < 1.05 * lengths.sum()
+
+
+def test_texts_of_one_length_stay_in_order() -> None:
+    found = texts.batches(np.full(10, 5), 20)
+    assert [rows.tolist() for rows in found] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
