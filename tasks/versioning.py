@@ -38,7 +38,12 @@ def order(root: Path, recipe: str) -> list[str]:
 
     with Repo(str(root)) as repo:
         graph = repo.index.graph  # edges lead from a stage to what it depends on
-        sequence = [stage.addressing for stage in nx.topological_sort(graph.reverse(copy=False))]
+        place = {stage.addressing: i for i, stage in enumerate(repo.index.stages)}
+        # Of stages that do not depend on each other the one that stands first in dvc.yaml goes first.
+        sorted_stages = nx.lexicographical_topological_sort(
+            graph.reverse(copy=False), key=lambda stage: place[stage.addressing]
+        )
+        sequence = [stage.addressing for stage in sorted_stages]
     mine = [address.split("@")[0] for address in sequence if address.endswith(f"@{recipe}")]
     if not mine:
         raise HeadstartError(

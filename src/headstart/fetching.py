@@ -299,8 +299,9 @@ def _transformer(published: Path, chosen: Fetch) -> Any:
             chatter.enable_progress_bar()
     if missing := sorted(name for name in report["missing_keys"] if not name.startswith("pooler.")):
         raise _mismatch(chosen, "missing in the weights", missing)
-    if wrong := sorted(str(found) for found in report["mismatched_keys"]):
-        raise _mismatch(chosen, "of another shape", wrong)
+    if wrong := sorted(report["mismatched_keys"]):
+        lines = [f"{name}: {tuple(theirs)}, config.json says {tuple(ours)}" for name, theirs, ours in wrong]
+        raise _mismatch(chosen, "of another shape", lines)
     return network
 
 

@@ -50,7 +50,8 @@ class Arithmetic:
         """Write it as one safetensors file."""
         from safetensors.torch import save_file
 
-        said = {"dtype": self.dtype, "exact": json.dumps(self.exact)}
+        # One entry: safetensors writes several in an order of its own, a new one each time.
+        said = {"arithmetic": json.dumps({"dtype": self.dtype, "exact": self.exact})}
         save_file({name: bias.contiguous() for name, bias in self.biases.items()}, path, metadata=said)
 
     @classmethod
@@ -59,9 +60,9 @@ class Arithmetic:
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
-            said = file.metadata()
+            said = json.loads(file.metadata()["arithmetic"])
             biases = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-        return cls(said["dtype"], tuple(json.loads(said["exact"])), biases)
+        return cls(said["dtype"], tuple(said["exact"]), biases)
 
 
 def choose(
