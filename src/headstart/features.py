@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from difflib import get_close_matches
@@ -23,6 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch._inductor.config
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -190,10 +192,10 @@ class Extractor:
         self.compiled = None
         self.dim = self._tried()
         if compiled:
-            # Freezing folds BatchNorm into convolutions and lays weights out for the CPU's matrix units.
-            self.compiled = torch.compile(
-                self.network, dynamic=self.spec.modality == "text", options={"freezing": True}
-            )
+            # Lays weights out for the CPU's matrix units, and fuses each layer with what follows it. Set for
+            # the process: as an option of torch.compile (2.14) it is taken and does nothing.
+            torch._inductor.config.freezing = True
+            self.compiled = torch.compile(self.network, dynamic=self.spec.modality == "text")
 
     def _tried(self) -> int:
         """Dimensions of the vectors, from two blank rows: options that do not fit fail at once."""
@@ -203,7 +205,7 @@ class Extractor:
             side = side_of(self.spec, self.options)
             tensors = [torch.zeros(2, side, side, 3, dtype=torch.uint8)]
         with self._options_named():
-            _, dim = self._forward(*(tensor.to(self.device) for tensor in tensors)).shape
+            _, dim = self.forward(*(tensor.to(self.device) for tensor in tensors)).shape
         return int(dim)
 
     @contextlib.contextmanager
@@ -248,18 +250,19 @@ class Extractor:
     def run(self, reader: Reader, batches: Sequence[Rows]) -> Iterator[tuple[Rows, NDArray[np.float32]]]:
         """Rows and their vectors, float32 [rows, dim], batch by batch.
 
-        The next batches are read in other threads meanwhile: decoding lets go of the interpreter's lock.
+        A GPU computes while the cores read on. On a CPU both want the same cores, and each waits for
+        the other at every layer; there the cores read a few batches together, then compute them together.
         """
-        for rows, arrays in _ahead(reader, batches):
+        for rows, arrays in _read(reader, batches, overlap=self.device.type != "cpu"):
             least = 0 if self.compiled is None else reader.smallest
             tensors = self.tensors([_filled(array, least) for array in arrays])
-            yield rows, self._forward(*tensors)[: len(rows)].cpu().numpy()
+            yield rows, self.forward(*tensors)[: len(rows)].cpu().numpy()
 
     def tensors(self, arrays: Sequence[NDArray[Any]]) -> tuple[Tensor, ...]:
         """What a reader has read, on the device."""
         return tuple(torch.from_numpy(array).to(self.device) for array in arrays)
 
-    def _forward(self, *tensors: Tensor) -> Tensor:
+    def forward(self, *tensors: Tensor) -> Tensor:
         with self.lock, torch.inference_mode():
             if self.compiled is not None:
                 try:
@@ -447,15 +450,26 @@ def _allocated(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
     return mapped
 
 
-def _ahead(reader: Reader, batches: Sequence[Rows]) -> Iterator[tuple[Rows, tuple[NDArray[Any], ...]]]:
-    """Each batch with its arrays, read a few batches ahead by as many threads as there are cores."""
+def _read(
+    reader: Reader, batches: Sequence[Rows], overlap: bool
+) -> Iterator[tuple[Rows, tuple[NDArray[Any], ...]]]:
+    """Each batch with its arrays, read by as many threads as there are cores: decoding needs no lock.
+
+    With ``overlap`` the next few batches are read while the caller works on one; without, never meanwhile.
+    """
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ahead = 4 * threads
     with ThreadPoolExecutor(threads) as pool:
-        waiting: list[tuple[Rows, Future[tuple[NDArray[Any], ...]]]] = []
+        if not overlap:
+            for start in range(0, len(batches), ahead):
+                together = batches[start : start + ahead]
+                yield from zip(together, list(pool.map(reader.read, together)), strict=True)
+            return
+        waiting: deque[tuple[Rows, Future[tuple[NDArray[Any], ...]]]] = deque()
         for rows in batches:
             waiting.append((rows, pool.submit(reader.read, rows)))
-            if len(waiting) > 2 * threads:
-                first, future = waiting.pop(0)
+            if len(waiting) > ahead:
+                first, future = waiting.popleft()
                 yield first, future.result()
         for first, future in waiting:
             yield first, future.result()

@@ -43,7 +43,7 @@ def read(item: Path | bytes, side: int, interpolation: str, into: Pixels) -> Non
         with Image.open(item if isinstance(item, Path) else io.BytesIO(item)) as image:
             image.draft(None, (2 * side, 2 * side))  # JPEG only: decodes at the next larger eighth
             upright = _eight_bits(ImageOps.exif_transpose(image))
-            resized = upright.resize((side, side), resampling)
+            resized = upright.resize((side, side), resampling).convert("RGB")
     except Exception as error:  # decoders raise what they like on a damaged file
         why = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
         why = getattr(error, "strerror", None) or why or type(error).__name__
@@ -53,8 +53,7 @@ def read(item: Path | bytes, side: int, interpolation: str, into: Pixels) -> Non
             table=[why[:150]],
             do="replace the file, or leave it out",
         ) from error
-    pixels = np.asarray(resized)
-    into[:] = pixels if pixels.ndim == 3 else pixels[:, :, None]
+    into[:] = np.asarray(resized)
 
 
 def _eight_bits(image: Image) -> Image:
