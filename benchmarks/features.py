@@ -2,7 +2,7 @@
 
 Run it with `make bench-features`, after `make demo` has brought data and weights. Both ways start from the
 same files and sentences and end with the same vectors (the smallest cosine between them is printed); they
-take turns, so that a machine that slows down slows both. Start-up, which is paid once per run, is shown apart.
+take turns, so that a machine that slows down slows both. Start-up, paid once per run, is shown apart.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ ON_A_GPU = {"images": 256, "tokens": 65_536}
 # torch.compile takes 5 to 15 s to start. It repays that after about so many rows, as `make bench-features`
 # shows; the rule looks at rows and not at a clock, so that the same data give the same bytes.
 COMPILE_FROM = {"image": 4_000, "text": 50_000}
-SAMPLE = 64  # rows that decide on the arithmetic: half of them to calibrate it, half to judge it
+SAMPLE = 128  # rows that decide on the arithmetic: half of them to calibrate it, half to judge it
 ROWS_PER_SHARD = 2_000  # some 10 s of work: the most that a kill costs
 log = logging.getLogger(__name__)
 
@@ -263,6 +263,7 @@ class Extractor:
         return tuple(torch.from_numpy(array).to(self.device) for array in arrays)
 
     def forward(self, *tensors: Tensor) -> Tensor:
+        """float32 [n, dim] of one batch that is on the device."""
         with self.lock, torch.inference_mode():
             if self.compiled is not None:
                 try:
