@@ -22,6 +22,7 @@ setup: $(READY) ## install the locked environment into .venv
 
 demo: $(READY) ## run both example recipes, from raw data to registered models
 	headstart run recipes/solar-cells.yaml recipes/sentiment.yaml
+	@cat evidence/solar-cells/summary.md evidence/sentiment/summary.md
 
 test: $(READY) ## run all tests: fast ones first, then slow ones
 	pytest -m "not slow" -n 2

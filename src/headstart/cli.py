@@ -40,16 +40,20 @@ def main() -> None:
         sys.exit(130)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"headstart {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no chatter.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)
+        bool,
+        typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version),
     ] = False,
 ) -> None:
-    if version:
-        print(f"headstart {__version__}")
-        raise typer.Exit
     if quiet:
         os.environ["HEADSTART_QUIET"] = "1"
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
@@ -117,9 +121,10 @@ def stage(
     from headstart.recipe import load
 
     _log_plainly()
+    chosen = load(recipe)
     root = environment.project_root(recipe.parent)
     environment.prepare(root)
-    stages.run(name, load(recipe), Layout(root, recipe.stem))
+    stages.run(name, chosen, Layout(root, chosen.name))
 
 
 @app.command()
@@ -137,9 +142,9 @@ def evaluate_protocol(
     from headstart.recipe import load
 
     _log_plainly()
-    root = environment.project_root(recipe.parent)
-    layout = Layout(root, recipe.stem)
-    rows = protocols.cross_validate(load(recipe), layout, folds, seeds, random_folds)
+    chosen = load(recipe)
+    layout = Layout(environment.project_root(recipe.parent), chosen.name)
+    rows = protocols.cross_validate(chosen, layout, folds, seeds, random_folds)
     print(protocols.format_table(rows))
 
 

@@ -10,13 +10,13 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING
 
 from headstart.errors import HeadstartError
-from headstart.layout import Layout
-from headstart.recipe import Recipe
 
-Stage = Callable[[Recipe, Layout], None]
+if TYPE_CHECKING:
+    from headstart.layout import Layout
+    from headstart.recipe import Recipe
 
 STAGES = {
     "validate": "headstart.validation:validate",
@@ -41,7 +41,8 @@ def run(stage: str, recipe: Recipe, layout: Layout) -> None:
         if stage not in STAGES:
             raise HeadstartError(f"there is no stage {stage!r}", do=f"stages: {', '.join(STAGES)}")
         module, function = STAGES[stage].split(":")
-        cast(Stage, getattr(importlib.import_module(module), function))(recipe, layout)
+        turn: Callable[[Recipe, Layout], None] = getattr(importlib.import_module(module), function)
+        turn(recipe, layout)
     except HeadstartError as error:
         if path := os.environ.get(ERROR_FILE):
             Path(path).write_text(json.dumps(error.to_dict()), encoding="utf-8")
