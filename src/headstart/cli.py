@@ -84,8 +84,10 @@ def run(
     os.chdir(root)
     from flows.retrain import retrain
 
-    # A Prefect server of the run's own takes 3 s to start; what registering needs is imported meanwhile.
-    threading.Thread(target=importlib.import_module, args=("mlflow",), daemon=True).start()
+    # A Prefect server of the run's own takes 3 s to start; once it does, what registering needs is imported.
+    meanwhile = threading.Timer(1, importlib.import_module, ["mlflow.store.tracking.sqlalchemy_store"])
+    meanwhile.daemon = True
+    meanwhile.start()
     outcomes = [retrain(recipe=path.stem) for path in recipes]
     logging.getLogger("prefect").setLevel("WARNING")  # the outcome is the last line, not a server's farewell
     for outcome in outcomes:
