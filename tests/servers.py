@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import re
 import socket
@@ -28,6 +29,9 @@ FETCH = (
     "import sys; from headstart import downloads, sources; downloads.BACKOFF = 0\n"
     "print(sources.fetch(*sys.argv[1:]))"
 )
+
+
+COMMIT = "86b5e0934494bd15c9632b12f734a8a67f723594"
 
 
 @dataclass
@@ -192,3 +196,23 @@ def partial(tmp_path: Path) -> list[Path]:
 def in_process(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", FETCH, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def offer(hub: Loopback, model: dict[str, bytes], name: str = "owner/model") -> None:
+    """Put a model's files where the hub's own client looks for them, at ``COMMIT``."""
+    tree = []
+    for file, content in model.items():
+        digest = hashlib.sha256(content).hexdigest()
+        git = hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
+        entry: dict[str, Any] = {"type": "file", "path": file, "size": len(content), "oid": git}
+        if file.endswith((".safetensors", ".bin", ".h5")):
+            entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 134}
+        tree.append(entry)
+        path = f"/{name}/resolve/{COMMIT}/{file}"
+        hub.files[path] = content
+        hub.headers[path] = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest if "lfs" in entry else git}"'}
+    info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in model]}
+    pages = {f"tree/{COMMIT}": tree, f"revision/{COMMIT}": info, "revision/main": info}
+    for page, content in pages.items():
+        hub.files[f"/api/models/{name}/{page}"] = json.dumps(content).encode()
+        hub.headers[f"/api/models/{name}/{page}"] = {"Content-Type": "application/json"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import logging
 import os
 import subprocess
@@ -19,9 +18,8 @@ import pytest
 
 from headstart import sources
 from tests import servers
-from tests.servers import DATA, DIGEST, FETCH, Loopback, in_process, partial, refused, serving
+from tests.servers import COMMIT, DATA, DIGEST, FETCH, Loopback, in_process, offer, partial, refused, serving
 
-COMMIT = "86b5e0934494bd15c9632b12f734a8a67f723594"
 own_world, server, closed = servers.own_world, servers.server, servers.closed
 
 
@@ -234,25 +232,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
     with serving(Loopback()) as loopback:
         monkeypatch.setenv("HF_ENDPOINT", loopback.url)
         yield loopback
-
-
-def offer(hub: Loopback, model: dict[str, bytes]) -> None:
-    tree = []
-    for name, content in model.items():
-        digest = hashlib.sha256(content).hexdigest()
-        git = hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
-        entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": git}
-        if name.endswith((".safetensors", ".bin", ".h5")):
-            entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 134}
-        tree.append(entry)
-        path = f"/owner/model/resolve/{COMMIT}/{name}"
-        hub.files[path] = content
-        hub.headers[path] = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest if "lfs" in entry else git}"'}
-    info = {"id": "owner/model", "sha": COMMIT, "siblings": [{"rfilename": name} for name in model]}
-    pages = {f"tree/{COMMIT}": tree, f"revision/{COMMIT}": info, "revision/main": info}
-    for name, page in pages.items():
-        hub.files[f"/api/models/owner/model/{name}"] = json.dumps(page).encode()
-        hub.headers[f"/api/models/owner/model/{name}"] = {"Content-Type": "application/json"}
 
 
 def fetched(*arguments: str, **environment: str) -> tuple[Path, str]:

@@ -86,7 +86,7 @@ def choose(
             name = devices.name_of(dtype)
             if _agree(expected, _vectors(converted(copy.deepcopy(network), Arithmetic(name)), check)):
                 return Arithmetic(name)
-            for first in FIRST_LAYERS:
+            for first in (n for n in FIRST_LAYERS if n < len(layers)):
                 exact = Arithmetic(name, tuple(layers[:first]))
                 found = converted(copy.deepcopy(network), exact)
                 arithmetic = Arithmetic(name, exact.exact, _corrected(found, calibration, means, exact))

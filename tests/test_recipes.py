@@ -1,0 +1,70 @@
+"""The shipped recipes that need the internet, run whole against loopback mirrors of the sites they name."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests import examples
+from tests.conftest import Project
+from tests.servers import Loopback, offer, serving
+
+pytestmark = pytest.mark.slow
+
+
+def test_hymenoptera_runs_from_a_zip_and_a_resnet_behind_a_mirror(project: Project, tmp_path: Path) -> None:
+    import torch
+    import torchvision
+
+    pictures, packed = tmp_path / "hymenoptera_data", io.BytesIO()
+    for split, per_class in (("train", 24), ("val", 8)):
+        examples.write_images(pictures / split, per_class, side=64)
+        for there, named in (("dark", "ants"), ("light", "bees")):
+            (pictures / split / there).rename(pictures / split / named)
+    with zipfile.ZipFile(packed, "w") as archive:
+        for file in sorted(pictures.rglob("*.png")):
+            archive.write(file, file.relative_to(tmp_path))
+    torch.manual_seed(0)
+    weights = io.BytesIO()
+    torch.save(torchvision.models.resnet18().state_dict(), weights)
+    published = {"/tutorial/hymenoptera_data.zip": packed, "/models/resnet18.pth": weights}
+    files = {path: content.getvalue() for path, content in published.items()}
+    # Other bytes have other digests; whatever else the recipe says is as it ships. That the named weights
+    # of torchvision are fetched from the address it knows, and no others accepted, test_sources shows.
+    recipe = project.root / "recipes/hymenoptera.yaml"
+    text = recipe.read_text(encoding="utf-8")
+    (shipped,) = [line for line in text.splitlines() if "  sha256: " in line]
+    zipped, tensors = (hashlib.sha256(content).hexdigest() for content in files.values())
+    text = text.replace(shipped, f"  sha256: {zipped}").replace(
+        "torchvision:ResNet18_Weights.IMAGENET1K_V1",
+        f"https://download.pytorch.org/models/resnet18.pth\n  sha256: {tensors}",
+    )
+    recipe.write_text(text, encoding="utf-8")
+    with serving(Loopback(files)) as mirror:
+        printed = project.ok(
+            "headstart",
+            "run",
+            "recipes/hymenoptera.yaml",
+            extra={"HEADSTART_MIRRORS": f"https://download.pytorch.org/={mirror.url}/"},
+        )
+    assert "registered as hymenoptera version 1" in printed
+    report = json.loads((project.root / "manifest/hymenoptera/report.json").read_text())
+    assert report["by_split"]["test"] == 16  # the val folder, which training never looks at
+    assert json.loads((project.root / "weights/hymenoptera/spec.json").read_text())["dim"] == 512
+
+
+def test_bert_runs_as_it_ships_from_a_mirror_of_the_hub(project: Project, tmp_path: Path) -> None:
+    examples.write_bert(tmp_path / "bert")
+    examples.write_texts(project.root / "inbox/texts.csv")
+    table = project.root / "inbox/texts.csv"
+    table.write_text(table.read_text().replace("body,mood,shop", "text,label,shop"))
+    model = {file.name: file.read_bytes() for file in (tmp_path / "bert").iterdir()}
+    with serving(Loopback()) as hub:
+        offer(hub, model, "google-bert/bert-base-uncased")
+        printed = project.ok("headstart", "run", "recipes/bert.yaml", extra={"HF_ENDPOINT": hub.url})
+    assert "registered as bert version 1" in printed
