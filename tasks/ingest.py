@@ -49,7 +49,7 @@ def bring(recipe: Recipe, layout: Layout, log: Callable[[str], None]) -> str:
     """
     list_recipe(layout)
     outcome = "fresh"
-    if not layout.raw.exists() and versioning.restore_data(layout.root, recipe.name, log):
+    if not layout.raw.exists() and versioning.restore_data(layout.root, recipe.name):
         outcome = "restored"
     origin = _origin(recipe, layout)
     if not layout.raw.exists() or _recorded(layout) != origin:

@@ -92,14 +92,17 @@ def version_data(root: Path, recipe: str, log: Callable[[str], None]) -> None:
     _dvc(root, ["add", "--quiet", target], log, dict(os.environ))
 
 
-def restore_data(root: Path, recipe: str, log: Callable[[str], None]) -> bool:
-    """Bring back ``data/<recipe>`` as ``data.dvc`` names it, from the cache or the remote, if possible."""
+def restore_data(root: Path, recipe: str) -> bool:
+    """Bring back ``data/<recipe>`` as ``data.dvc`` names it, from the cache or the remote, if possible.
+
+    Silent: on a fresh clone without a remote it is not possible, and the source is asked instead.
+    """
     if not (root / "data.dvc").exists() or not _listed(root, recipe):
         return False
     commands = [["checkout", "--quiet", f"data/{recipe}"], ["pull", "--quiet", f"data/{recipe}"]]
     for command in commands:
         try:
-            _dvc(root, command, log, dict(os.environ))
+            _dvc(root, command, lambda line: None, dict(os.environ))
         except HeadstartError:
             continue
         if (root / "data" / recipe).is_dir():
