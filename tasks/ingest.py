@@ -7,11 +7,13 @@ written down beside the data, so that newcomers never move them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import FileLock
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
@@ -47,6 +49,12 @@ def bring(recipe: Recipe, layout: Layout, log: Callable[[str], None]) -> str:
         HeadstartError: the source cannot be had, or the snapshot would change while the splits of
             its earlier rows are not at hand.
     """
+    (layout.root / ".headstart").mkdir(exist_ok=True)
+    with FileLock(layout.root / ".headstart" / "ingest.lock"):  # one at a time: all share data.dvc
+        return _brought(recipe, layout, log)
+
+
+def _brought(recipe: Recipe, layout: Layout, log: Callable[[str], None]) -> str:
     list_recipe(layout)
     outcome = "fresh"
     if not layout.raw.exists() and versioning.restore_data(layout.root, recipe.name):
@@ -55,6 +63,8 @@ def bring(recipe: Recipe, layout: Layout, log: Callable[[str], None]) -> str:
     if not layout.raw.exists() or _recorded(layout) != origin:
         uri, member = sources.split_fragment(recipe.ingest.source)
         path = sources.fetch(uri, recipe.ingest.sha256)
+        if recipe.ingest.sha256 is None and not uri.startswith("file:"):
+            log(f"to pin this source, add under ingest: sha256: {sources.digest_of(path)}")
         earlier = _earlier_splits(layout)
         with written_whole(layout.raw) as folder:
             archives.place(path, member, folder)
@@ -73,8 +83,10 @@ def list_recipe(layout: Layout) -> None:
     path = layout.root / "params.yaml"
     yaml = YAML()
     yaml.indent(mapping=2, sequence=4, offset=2)
-    params = yaml.load(path.read_text(encoding="utf-8")) or {}
-    if layout.recipe not in params.setdefault("recipes", []):
+    params = (yaml.load(path.read_text(encoding="utf-8")) if path.exists() else None) or {}
+    if not params.get("recipes"):
+        params["recipes"] = []
+    if layout.recipe not in params["recipes"]:
         params["recipes"].append(layout.recipe)
         partial = path.with_name(".params.yaml.partial")
         with partial.open("w", encoding="utf-8") as file:
@@ -85,7 +97,10 @@ def list_recipe(layout: Layout) -> None:
 def _origin(recipe: Recipe, layout: Layout) -> dict[str, str | None]:
     """What the source is, as comparable facts: its URI, and the digest of bytes that may change."""
     uri, _ = sources.split_fragment(recipe.ingest.source)
-    origin = {"source": recipe.ingest.source, "sha256": recipe.ingest.sha256}
+    origin: dict[str, str | None] = {
+        "source": sources.redacted(recipe.ingest.source),  # versioned and shared with the data
+        "sha256": recipe.ingest.sha256,
+    }
     if uri.startswith("file:"):
         origin["content"] = _digest(sources.fetch(uri, recipe.ingest.sha256), layout)
     return origin
@@ -99,7 +114,9 @@ def _recorded(layout: Layout) -> object:
 def _digest(path: Path, layout: Layout) -> str:
     """Sha256 over names and contents; files are read again only when size or time of change differ."""
     state_file = layout.work / "source-state.json"
-    state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.exists() else {}
+    state = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):  # cut short by a kill, it is made again
+        state = json.loads(state_file.read_text(encoding="utf-8"))
     fresh: dict[str, list[object]] = {}
     whole = hashlib.sha256()
     for file in _files(path):
@@ -128,19 +145,20 @@ def _earlier_splits(layout: Layout) -> bytes | None:
     Raises:
         HeadstartError: a snapshot was validated once, but its manifest is not here.
     """
-    if not layout.raw.exists():
-        return None
     import pyarrow.parquet as pq
 
     manifest = layout.manifest / "manifest.parquet"
+    lock = layout.root / "dvc.lock"
+    validated = lock.exists() and f"validate@{layout.recipe}:" in lock.read_text(encoding="utf-8")
+    if validated and not manifest.exists():  # as after a snapshot that was refused
+        versioning.restore_stage(layout.root, f"validate@{layout.recipe}")
     if manifest.exists():
         import pyarrow as pa
 
         sink = pa.BufferOutputStream()
         pq.write_table(pq.read_table(manifest, columns=["id", "split"]), sink)
         return bytes(sink.getvalue())
-    lock = layout.root / "dvc.lock"
-    if lock.exists() and f"validate@{layout.recipe}:" in lock.read_text(encoding="utf-8"):
+    if validated and layout.raw.exists():
         raise HeadstartError(
             "the data would change, but the splits of the earlier rows are not here",
             where=str(manifest),

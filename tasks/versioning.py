@@ -7,6 +7,7 @@ that is what a user runs, and the files must come out the same.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -110,6 +111,12 @@ def restore_data(root: Path, recipe: str) -> bool:
     return False
 
 
+def restore_stage(root: Path, target: str) -> None:
+    """Bring back the outputs of a stage as ``dvc.lock`` names them, if they are in the cache. Silent."""
+    with contextlib.suppress(HeadstartError):
+        _dvc(root, ["checkout", "--quiet", "--force", target], lambda line: None, dict(os.environ))
+
+
 def _tree(root: Path) -> list[tuple[str, ...]] | None:
     """Keys of all files under ``data.dvc``, or None where DVC does not have the list at hand."""
     from dvc.repo import Repo
@@ -128,7 +135,7 @@ def _listed(root: Path, recipe: str) -> bool:
 def _others_are_elsewhere(root: Path, recipe: str) -> bool:
     if not (root / "data.dvc").exists():
         return False
-    others = {key[0] for key in _tree(root) or []} - {recipe}
+    others = {key[0] for key in _tree(root) or [] if not key[0].startswith(".")} - {recipe}
     return any(not (root / "data" / other).exists() for other in others)
 
 

@@ -89,15 +89,3 @@ def test_a_name_that_mlflow_or_dvc_would_choke_on_is_refused(tmp_path: Path) -> 
 def test_a_missing_recipe_names_the_nearest_one() -> None:
     with pytest.raises(HeadstartError, match="did you mean 'sentiment'"):
         load(ROOT / "recipes/sentimnt.yaml")
-
-
-def test_the_digest_sees_every_choice_and_no_comment(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text(GOOD, encoding="utf-8")
-    digest = load(path).digest()
-    path.write_text(
-        "# a remark\n" + GOOD.replace("features: {}", "features:\n  max_tokens: 128"), encoding="utf-8"
-    )
-    assert load(path).digest() == digest  # the default, spelled out
-    path.write_text(GOOD.replace("train:", "train:\n  seed: 1"), encoding="utf-8")
-    assert load(path).digest() != digest

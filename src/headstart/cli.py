@@ -9,13 +9,17 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from headstart import __version__, environment
 from headstart.errors import HeadstartError
 from headstart.stages import ERROR_FILE
+
+if TYPE_CHECKING:
+    from headstart.layout import Layout
+    from headstart.recipe import Recipe
 
 app = typer.Typer(
     help="A new head on a pretrained start: transfer learning that retrains itself.",
@@ -32,7 +36,8 @@ def main() -> None:
     try:
         app()
     except HeadstartError as error:
-        if not os.environ.get(ERROR_FILE):  # whoever set it prints the error, once
+        told = os.environ.get(ERROR_FILE)  # whoever set it prints what is in it, once
+        if not told or not Path(told).exists():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -56,9 +61,26 @@ def _options(
 ) -> None:
     if quiet:
         os.environ["HEADSTART_QUIET"] = "1"
-        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     for chatty in ("alembic", "dvc", "httpx", "mlflow", "timm"):
         logging.getLogger(chatty).setLevel("WARNING")
+
+
+def _opened(path: Path) -> tuple[Recipe, Layout]:
+    """The recipe and the folders of its project, which becomes the working directory."""
+    from headstart.layout import Layout
+    from headstart.recipe import load
+
+    chosen = load(path)
+    root = environment.project_root(path.parent)
+    if path.resolve() != (root / "recipes" / path.name).resolve():
+        raise HeadstartError(
+            "a recipe lies in its project's folder recipes/",
+            where=str(path),
+            do=f"move it to {root / 'recipes'}, where dvc.yaml looks for it",
+        )
+    environment.prepare(root)
+    os.chdir(root)
+    return chosen, Layout(root, chosen.name)
 
 
 def _log_plainly() -> None:
@@ -75,20 +97,17 @@ def run(
 
     What is already up to date is not done again.
     """
-    from headstart.recipe import load
-
-    for path in recipes:  # a mistake in any recipe is found before the first one runs for an hour
-        load(path)
-    root = environment.project_root(recipes[0].parent)
-    environment.prepare(root)
-    os.chdir(root)
+    # Every recipe's mistakes are found before the first one runs for an hour.
+    opened = [_opened(path) for path in [path.resolve() for path in recipes]]
+    if len({layout.root for _, layout in opened}) > 1:
+        raise HeadstartError("the recipes belong to different projects", do="run each project on its own")
     from flows.retrain import retrain
 
     # A Prefect server of the run's own takes 3 s to start; once it does, what registering needs is imported.
     meanwhile = threading.Timer(1, importlib.import_module, ["mlflow.store.tracking.sqlalchemy_store"])
     meanwhile.daemon = True
     meanwhile.start()
-    outcomes = [retrain(recipe=path.stem) for path in recipes]
+    outcomes = [retrain(recipe=chosen.name) for chosen, _ in opened]
     logging.getLogger("prefect").setLevel("WARNING")  # the outcome is the last line, not a server's farewell
     for outcome in outcomes:
         print(outcome)
@@ -97,19 +116,11 @@ def run(
 @app.command()
 def ingest(recipe: RecipePath) -> None:
     """Bring the raw data into data/ and version them: what `dvc repro` needs to start from."""
-    from headstart.layout import Layout
-    from headstart.recipe import load
-
     _log_plainly()
-    chosen = load(recipe)
-    root = environment.project_root(recipe.parent)
-    environment.prepare(root)
-    os.chdir(root)
+    chosen, layout = _opened(recipe)
     from tasks.ingest import bring
 
-    print(
-        f"data/{chosen.name}: {bring(chosen, Layout(root, chosen.name), logging.getLogger('headstart').info)}"
-    )
+    print(f"data/{chosen.name}: {bring(chosen, layout, logging.getLogger('headstart').info)}")
 
 
 @app.command()
@@ -119,14 +130,9 @@ def stage(
 ) -> None:
     """Run one stage, whether or not it is stale: what dvc.yaml calls."""
     from headstart import stages
-    from headstart.layout import Layout
-    from headstart.recipe import load
 
     _log_plainly()
-    chosen = load(recipe)
-    root = environment.project_root(recipe.parent)
-    environment.prepare(root)
-    stages.run(name, chosen, Layout(root, chosen.name))
+    stages.run(name, *_opened(recipe))
 
 
 @app.command()
@@ -140,12 +146,9 @@ def evaluate_protocol(
 ) -> None:
     """Cross-validate a recipe on all its rows: mean and interval over group-safe folds."""
     from headstart import protocols
-    from headstart.layout import Layout
-    from headstart.recipe import load
 
     _log_plainly()
-    chosen = load(recipe)
-    layout = Layout(environment.project_root(recipe.parent), chosen.name)
+    chosen, layout = _opened(recipe)
     rows = protocols.cross_validate(chosen, layout, folds, seeds, random_folds)
     print(protocols.format_table(rows))
 

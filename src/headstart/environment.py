@@ -51,6 +51,8 @@ def prepare(root: Path) -> None:
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    if os.environ.get("HEADSTART_QUIET") == "1":
+        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))

@@ -8,8 +8,6 @@ Reads nothing but the recipe itself.
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -182,11 +180,6 @@ class Recipe(Block):
     def model_name(self) -> str:
         """Name in the model registry."""
         return self.register_.name or self.name
-
-    def digest(self) -> str:
-        """Hex sha256 of every choice, defaults filled in; independent of layout and comments."""
-        choices = self.model_dump(mode="json", by_alias=True)
-        return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()
 
 
 def load(path: Path | str) -> Recipe:

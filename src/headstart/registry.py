@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from headstart import stamps
+from headstart import sources, stamps
 from headstart.errors import HeadstartError
 from headstart.layout import Layout, sha256_of
 from headstart.recipe import Recipe
@@ -63,25 +63,28 @@ def register(recipe: Recipe, layout: Layout) -> Registered:
             "the model was not made from what is in the tree now",
             where=str(layout.model),
             table=changed,
-            do=f"run `dvc repro evaluate@{layout.recipe}`, then register",
+            do=f"run `headstart run recipes/{layout.recipe}.yaml`",
         )
     import mlflow
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     digest = _digest(layout)
     try:
         client = _open_store(layout)
         if existing := _find(client, recipe.model_name, digest):
             client.set_registered_model_alias(recipe.model_name, CANDIDATE, existing)
-            return Registered(recipe.model_name, existing, mlflow.get_tracking_uri(), new=False)
+            return Registered(
+                recipe.model_name, existing, sources.redacted(mlflow.get_tracking_uri()), new=False
+            )
         logged = _log_run(recipe, layout, model, digest)
         client.set_registered_model_alias(recipe.model_name, CANDIDATE, logged)
-        return Registered(recipe.model_name, logged, mlflow.get_tracking_uri(), new=True)
-    except MlflowException as error:
+        return Registered(recipe.model_name, logged, sources.redacted(mlflow.get_tracking_uri()), new=True)
+    except (MlflowException, SQLAlchemyError, OSError) as error:  # requests' errors are OSErrors
         raise HeadstartError(
             "the MLflow store refused",
-            where=mlflow.get_tracking_uri(),
-            table=str(error).splitlines()[:10],
+            where=sources.redacted(mlflow.get_tracking_uri()),
+            table=sources.redacted(str(error)).splitlines()[:10],
             do="check MLFLOW_TRACKING_URI and that its server is up; nothing else needs to run again",
             transient=True,
         ) from error
@@ -128,12 +131,14 @@ def _log_run(recipe: Recipe, layout: Layout, model: dict[str, Any], digest: str)
     mlflow.set_experiment(layout.recipe)
     metrics = json.loads((layout.evidence / "metrics.json").read_text(encoding="utf-8"))
     with mlflow.start_run(run_name=f"{recipe.train.method} {digest[:8]}") as run:
-        mlflow.log_params(_flat(recipe.model_dump(mode="json", by_alias=True)))
+        choices = _flat(recipe.model_dump(mode="json", by_alias=True))
+        mlflow.log_params({key: sources.redacted(str(value)) for key, value in choices.items()})
         mlflow.log_metrics({name: value for name, value in _flat(metrics).items() if value is not None})
         mlflow.set_tags(_lineage(layout, model) | {"headstart.digest": digest})
         _log_data(layout, recipe)
         mlflow.log_artifacts(str(layout.evidence), "evidence")
-        mlflow.log_artifact(str(layout.root / "recipes" / f"{layout.recipe}.yaml"))
+        text = (layout.root / "recipes" / f"{layout.recipe}.yaml").read_text(encoding="utf-8")
+        mlflow.log_text(sources.redacted(text), f"{layout.recipe}.yaml")
         info = _log_model(recipe, layout)
         # The tag comes with the version: a version without it was cut short, and is never found again.
         registered = mlflow.register_model(
@@ -207,7 +212,7 @@ def _log_data(layout: Layout, recipe: Recipe) -> None:
     from mlflow.data.meta_dataset import MetaDataset
 
     digest = sha256_of(layout.manifest / "manifest.parquet")
-    source = CodeDatasetSource({"headstart.source": recipe.ingest.source})
+    source = CodeDatasetSource({"headstart.source": sources.redacted(recipe.ingest.source)})
     mlflow.log_input(MetaDataset(source, name=layout.recipe, digest=digest[:36]), context="training")
 
 
