@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 
 from headstart import environment
+from headstart.errors import HeadstartError
 from headstart.evaluation import headline
 from headstart.layout import Layout
 from headstart.recipe import load
@@ -43,6 +45,20 @@ class Outcome:
             f"{self.recipe}: {', '.join(done) or 'nothing changed, nothing done'}; {self.quality}; "
             f"{self.registered}; see {self.summary}"
         )
+
+
+class InWords(logging.Filter):
+    """An error that speaks for itself is logged without its stack; any other keeps it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every record pass."""
+        if record.exc_info and isinstance(record.exc_info[1], HeadstartError):
+            record.exc_info = None
+        return True
+
+
+for speaker in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(speaker).addFilter(InWords())
 
 
 @flow(name="retrain", flow_run_name="retrain {recipe}", persist_result=False, retries=0)

@@ -22,7 +22,7 @@ def test_hymenoptera_runs_from_a_zip_and_a_resnet_behind_a_mirror(project: Proje
     import torchvision
 
     pictures, packed = tmp_path / "hymenoptera_data", io.BytesIO()
-    for split, per_class in (("train", 24), ("val", 8)):
+    for split, per_class in (("train", 40), ("val", 8)):
         examples.write_images(pictures / split, per_class, side=64)
         for there, named in (("dark", "ants"), ("light", "bees")):
             (pictures / split / there).rename(pictures / split / named)
