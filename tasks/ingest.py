@@ -22,7 +22,7 @@ from headstart.errors import HeadstartError
 from headstart.layout import EARLIER_SPLITS, Layout, sha256_of, written_whole
 from headstart.recipe import Recipe
 from tasks import versioning
-from tasks.stage import is_transient
+from tasks.stage import PATIENT
 
 # What this snapshot was made from: hidden, so that adapters pass over it, and versioned with the data.
 ORIGIN = ".source.json"
@@ -33,9 +33,7 @@ ORIGIN = ".source.json"
     task_run_name="ingest",
     cache_policy=NO_CACHE,
     persist_result=False,
-    retries=2,
-    retry_delay_seconds=[5, 30],
-    retry_condition_fn=is_transient,
+    **PATIENT,
 )
 def ingest(recipe: Recipe, layout: Layout) -> str:
     """Make ``data/<recipe>`` what the recipe's source says; returns "fresh", "restored" or "ran"."""

@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 from headstart import registry
 from headstart.layout import Layout
 from headstart.recipe import Recipe
-from tasks.stage import is_transient
+from tasks.stage import PATIENT
 
 
 @task(
@@ -16,9 +16,7 @@ from tasks.stage import is_transient
     task_run_name="register",
     cache_policy=NO_CACHE,
     persist_result=False,
-    retries=2,
-    retry_delay_seconds=[5, 30],
-    retry_condition_fn=is_transient,
+    **PATIENT,
 )
 def register(recipe: Recipe, layout: Layout) -> registry.Registered:
     """Register under alias ``candidate``; the same model a second time is the same version."""

@@ -37,3 +37,11 @@ async def is_transient(task: object, run: TaskRun, state: State[Any]) -> bool:
     """Whether a retry makes sense: the network may come back, a wrong key stays wrong."""
     error = await state.aresult(raise_on_failure=False)
     return isinstance(error, HeadstartError) and error.transient
+
+
+# For a task that asks a network: twice more, if the error says that this may help.
+PATIENT: dict[str, Any] = {
+    "retries": 2,
+    "retry_delay_seconds": [5, 30],
+    "retry_condition_fn": is_transient,
+}
