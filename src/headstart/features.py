@@ -192,6 +192,10 @@ class Extractor:
         self.compiled = None
         self.dim = self._tried()
         if compiled:
+            if self.spec.modality == "text" and self.device.type == "cpu":
+                from headstart import attention
+
+                attention.shorten(network)
             # Lays weights out for the CPU's matrix units, and fuses each layer with what follows it. Set for
             # the process: as an option of torch.compile (2.14) it is taken and does nothing.
             torch._inductor.config.freezing = True
@@ -388,7 +392,7 @@ def _digest(extractor: Extractor, key: dict[str, Any]) -> str:
     library = Path(__file__).parent
     files = [
         library / f"{name}.py"
-        for name in ("backbones", "devices", "features", "images", "precision", "texts")
+        for name in ("attention", "backbones", "devices", "features", "images", "precision", "texts")
     ]
     files += sorted(extractor.weights.glob("*.json"))  # spec.json holds the digest of the weights
     content = [sha256_of(file) for file in files]
