@@ -103,3 +103,14 @@ def session_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
 def project(tmp_path: Path, session_environment: dict[str, str]) -> Project:
     """A fresh clone without data."""
     return clone(tmp_path / "project", session_environment)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread of PyTorch's in this process, for the same reason."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

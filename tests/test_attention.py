@@ -6,6 +6,8 @@ from transformers import BertConfig, BertModel
 
 from headstart import attention
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def bert() -> BertModel:

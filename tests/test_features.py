@@ -40,13 +40,9 @@ TEXTS = [" ".join([THINGS[i % 10], *(examples.GOOD * (i % 13))][: i * 7 % 90]) f
 
 
 @pytest.fixture(autouse=True)
-def one_thread_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_the_cpu(one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(devices.DEVICE, "cpu")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def efficientnet(seed: int = 0) -> Any:

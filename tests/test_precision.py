@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,13 +11,7 @@ from torch import Tensor, nn
 from headstart import precision
 from headstart.precision import Arithmetic, choose, converted, folded
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Network(nn.Module):

@@ -24,10 +24,9 @@ EXTRAS = ("position_bias", "cache", "softcap", "s_aux")
 def shorten(network: nn.Module) -> None:
     """Let ``network`` attend to short texts this way, if its attention can be chosen at all.
 
-    It pays once compiled: 27 tokens are read in 2.7 instead of 4.6 ms per 4,096 tokens and layer of MiniLM.
+    It pays once compiled: texts of 25 tokens take 2.7 instead of 4.6 ms per 4,096 tokens and layer of MiniLM.
     """
-    able = getattr(network, "config", None)
-    if able is not None and getattr(able, "_attn_implementation", None) == "sdpa":
+    if getattr(getattr(network, "config", None), "_attn_implementation", None) == "sdpa":
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         network.set_attn_implementation(NAME)  # type: ignore[operator]

@@ -69,21 +69,19 @@ def register(recipe: Recipe, layout: Layout) -> Registered:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    digest = _digest(layout)
+    digest, store = _digest(layout), sources.redacted(mlflow.get_tracking_uri())
     try:
         client = _open_store(layout)
         if existing := _find(client, recipe.model_name, digest):
             client.set_registered_model_alias(recipe.model_name, CANDIDATE, existing)
-            return Registered(
-                recipe.model_name, existing, sources.redacted(mlflow.get_tracking_uri()), new=False
-            )
+            return Registered(recipe.model_name, existing, store, new=False)
         logged = _log_run(recipe, layout, model, digest)
         client.set_registered_model_alias(recipe.model_name, CANDIDATE, logged)
-        return Registered(recipe.model_name, logged, sources.redacted(mlflow.get_tracking_uri()), new=True)
+        return Registered(recipe.model_name, logged, store, new=True)
     except (MlflowException, SQLAlchemyError, OSError) as error:  # requests' errors are OSErrors
         raise HeadstartError(
             "the MLflow store refused",
-            where=sources.redacted(mlflow.get_tracking_uri()),
+            where=store,
             table=sources.redacted(str(error)).splitlines()[:10],
             do="check MLFLOW_TRACKING_URI and that its server is up; nothing else needs to run again",
             transient=True,
