@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -23,11 +24,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoModel
 
-from headstart import devices, features, texts
+from headstart import devices, features, images, packs, precision, texts, validation
+from headstart.backbones import Spec
 from headstart.errors import HeadstartError
-from headstart.features import Extractor, arithmetic_for
+from headstart.features import Extractor, Packed, Tapped, arithmetic_for
 from headstart.fetching import fetch
 from headstart.layout import Layout, sha256_of
+from headstart.precision import Arithmetic
 from headstart.recipe import Features, Recipe
 from tests import cached, examples
 
@@ -84,6 +87,7 @@ def image_case(root: Path, rows: int = 20, seed: int = 0) -> Layout:
     examples.write_images(layout.raw, rows // 2, side=40)
     paths = sorted(path.relative_to(layout.raw).as_posix() for path in layout.raw.rglob("*.png"))
     manifest(layout, "path", paths)
+    (layout.manifest / "report.json").write_text(json.dumps({"modes": {"RGB": rows}}))
     (root / "inbox").mkdir(parents=True, exist_ok=True)
     save_file(efficientnet(seed).state_dict(), root / "inbox/weights.safetensors")
     fetch(image_recipe(root), layout)
@@ -101,7 +105,8 @@ def text_case(root: Path) -> Layout:
 
 def extractor(layout: Layout, options: Features, compiled: bool = False) -> Extractor:
     """What the stage extracts with; a recipe that leaves the arithmetic open gets float32."""
-    return Extractor(layout.weights, options, arithmetic_for(layout.weights, options, []), compiled)
+    arithmetic = arithmetic_for(layout.weights, options, lambda extractor, rows: extractor.reader([]), 0)
+    return Extractor(layout.weights, options, arithmetic, compiled)
 
 
 def pictures(layout: Layout) -> list[Path]:
@@ -458,11 +463,11 @@ def run(
 
     def counted(self: Extractor, *args: Any) -> Iterator[Any]:
         nonlocal done
-        for rows, vectors in whole(self, *args):
+        for batch in whole(self, *args):
             if killed_after is not None and done >= killed_after:
                 raise Killed
-            done += len(rows)
-            yield rows, vectors
+            done += len(batch[0])
+            yield batch
 
     with monkeypatch.context() as patch:
         patch.setattr(features, "ROWS_PER_SHARD", ROWS)
@@ -503,22 +508,24 @@ def test_a_pass_that_was_killed_continues_where_it_was(
     assert not (layout.work / "features").exists()
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", ["images", "texts"])
 def test_a_pass_killed_again_and_again_ends_with_the_same_bytes(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(features.TOKENS_PER_BATCH, "cpu", 200)
     make, choose = (image_case, image_recipe) if kind == "images" else (text_case, text_recipe)
     layout, twin = make(tmp_path / "one"), make(tmp_path / "two")
-    rows = run(monkeypatch, choose(tmp_path / "two"), twin)
+    rows = run(monkeypatch, choose(tmp_path / "two", packed=packed), twin)
     for _ in range(2):
-        run(monkeypatch, choose(tmp_path / "one"), layout, killed_after=ROWS)
-    assert 0 < run(monkeypatch, choose(tmp_path / "one"), layout) <= rows - ROWS
+        run(monkeypatch, choose(tmp_path / "one", packed=packed), layout, killed_after=ROWS)
+    assert 0 < run(monkeypatch, choose(tmp_path / "one", packed=packed), layout) <= rows - ROWS
     assert contents(layout.features) == contents(twin.features)
 
 
 @pytest.mark.parametrize(
-    "change", ["weights", "preprocessing", "size", "layers", "precision", "manifest", "device", "torch"]
+    "change",
+    ["weights", "preprocessing", "size", "layers", "precision", "packed", "manifest", "device", "torch"],
 )
 def test_work_made_from_something_else_is_not_continued(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -539,6 +546,8 @@ def test_work_made_from_something_else_is_not_continued(
             options = {"layers": ["conv_head"]}
         case "precision":
             options = {"precision": "bfloat16"}
+        case "packed":
+            options = {"packed": True}
         case "manifest":
             manifest(layout, "path", [str(path.relative_to(layout.raw)) for path in pictures(layout)[::-1]])
         case "device":  # another one that computes on the processor, as far as the tensors know
@@ -607,6 +616,268 @@ def test_a_disk_that_is_too_small_is_found_out_before_the_pass_and_left_clean(tm
     assert not layout.features.exists()
     assert not [file for file in layout.work.rglob("*") if file.is_file()]
     features.features(image_recipe(tmp_path), layout)
+
+
+# What is packed
+
+GREY = ["1", "L", "LA", "I;16"]
+# Modes of the pictures, and how many channels are worth keeping of them.
+MIXTURES = [(GREY, 1), (["L", "RGB"], 3), (["RGB"], 3), (["L", "P"], 3)]
+
+
+def validated_case(root: Path, modes: Sequence[str]) -> Layout:
+    """Pictures of these modes in turn, with the manifest and the report that ``validate`` writes."""
+    layout = image_case(root)
+    for i, path in enumerate(pictures(layout)):
+        mode, picture = modes[i % len(modes)], Image.open(path).convert("RGB")
+        if mode == "I;16":
+            picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+        elif mode == "LA":
+            picture = Image.merge("LA", [picture.convert("L"), Image.new("L", picture.size, 99)])
+        else:
+            picture = picture.convert(mode)
+        picture.save(path)
+    block = {"adapter": "image_folder", "min_rows_per_class": 1, "near_duplicates": False}
+    validation.validate(cached.recipe(validate=block), layout)
+    return layout
+
+
+def decoded(layout: Layout) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """What is read from each file, uint8 [n, side, side, 3]."""
+    found = np.empty((len(pictures(layout)), SIDE, SIDE, 3), np.uint8)
+    for path, into in zip(pictures(layout), found, strict=True):
+        images.read(path, SIDE, "bicubic", into)
+    return found
+
+
+def without(described: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in described.items() if key not in keys}
+
+
+@pytest.mark.parametrize(("modes", "channels"), MIXTURES)
+def test_packed_pictures_are_those_that_the_files_hold(
+    modes: list[str], channels: int, tmp_path: Path
+) -> None:
+    layout = validated_case(tmp_path, modes)
+    features.features(image_recipe(tmp_path), layout)
+    unpacked = contents(layout.features)
+    assert set(unpacked) == {"features.npy", "ids.parquet", "arithmetic.safetensors", "features.json"}
+    features.features(image_recipe(tmp_path, packed=True), layout)
+    packed = contents(layout.features)
+    assert set(packed) == {*unpacked, "pixels.npy"}
+    found = np.load(layout.features / "pixels.npy", mmap_mode="r")
+    assert isinstance(found, np.memmap)
+    assert found.dtype == np.uint8
+    assert found.shape == (20, SIDE, SIDE, channels)
+    assert (found == decoded(layout)).all()  # of grey pictures all three channels
+    before, after = json.loads(unpacked["features.json"]), json.loads(packed["features.json"])
+    assert after == before | {"packed": True, "channels": channels}
+    assert not {"packed", "channels"} & set(before)
+    assert without(packed, "pixels.npy", "features.json") == without(unpacked, "features.json")
+
+
+def test_packed_texts_are_their_tokens(tmp_path: Path) -> None:
+    layout = text_case(tmp_path)
+    features.features(text_recipe(tmp_path, max_tokens=20), layout)
+    unpacked = contents(layout.features)
+    assert set(unpacked) == {"features.npy", "ids.parquet", "arithmetic.safetensors", "features.json"}
+    features.features(text_recipe(tmp_path, max_tokens=20, packed=True), layout)
+    packed = contents(layout.features)
+    assert set(packed) == {*unpacked, "tokens.npy", "bounds.npy"}
+    expected = texts.tokenise(TEXTS, layout.weights / "tokenizer.json", 20)
+    tokens, bounds = (np.load(layout.features / f"{name}.npy") for name in ("tokens", "bounds"))
+    assert tokens.dtype == np.int32
+    assert bounds.dtype == np.int64
+    assert np.array_equal(tokens, expected.ids)
+    assert np.array_equal(bounds, expected.bounds)
+    before, after = json.loads(unpacked["features.json"]), json.loads(packed["features.json"])
+    assert after == before | {"packed": True}
+    added = ("tokens.npy", "bounds.npy", "features.json")
+    assert without(packed, *added) == without(unpacked, "features.json")
+
+
+def test_a_picture_is_decoded_once_to_be_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = image_case(tmp_path)
+    decode, asked = images.read, []
+
+    def counted(item: Any, *args: Any) -> None:
+        asked.append(item)
+        decode(item, *args)
+
+    monkeypatch.setattr(images, "read", counted)
+    features.features(image_recipe(tmp_path, packed=True), layout)
+    assert sorted(asked) == sorted(pictures(layout))
+
+
+def test_a_shard_counts_as_done_when_all_its_arrays_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = image_case(tmp_path)
+    safe: set[str] = set()
+    journalled = []
+    flush = np.memmap.flush
+
+    def flushed(array: Any) -> None:
+        flush(array)
+        safe.add(Path(array.filename).name)
+
+    def synced(file: int) -> None:
+        journalled.append(set(safe))
+        safe.clear()
+
+    monkeypatch.setattr(np.memmap, "flush", flushed)
+    monkeypatch.setattr(os, "fsync", synced)
+    run(monkeypatch, image_recipe(tmp_path, packed=True), layout)
+    assert journalled == [{"features.npy", "pixels.npy"}] * 3  # 20 rows in shards of 8
+
+
+def test_work_that_has_lost_an_array_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, twin = image_case(tmp_path / "one"), image_case(tmp_path / "two")
+    run(monkeypatch, image_recipe(tmp_path / "two", packed=True), twin)
+    recipe = image_recipe(tmp_path / "one", packed=True)
+    run(monkeypatch, recipe, layout, killed_after=2 * ROWS)
+    (lost,) = (layout.work / "features").glob("*/pixels.npy")
+    lost.unlink()
+    assert run(monkeypatch, recipe, layout) == 20
+    assert contents(layout.features) == contents(twin.features)
+
+
+@pytest.mark.parametrize(("kind", "room"), [("images", 50_000), ("texts", 4_000)])
+def test_room_for_what_is_packed_is_taken_before_the_pass(
+    kind: str, room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Vectors fit: 20 x 256 or 40 x 32 of them at 2 bytes. Pixels and tokens do not.
+    make, choose = (image_case, image_recipe) if kind == "images" else (text_case, text_recipe)
+    layout = make(tmp_path)
+    monkeypatch.setattr(Extractor, "run", None)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        error = refused(choose(tmp_path, packed=True), layout)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "there is no room for the features" in error.what
+    assert not [file for file in layout.work.rglob("*") if file.is_file()]
+
+
+def test_pictures_without_a_report_cannot_be_packed(tmp_path: Path) -> None:
+    layout = image_case(tmp_path)
+    (layout.manifest / "report.json").unlink()
+    error = refused(image_recipe(tmp_path, packed=True), layout)
+    assert error.where.endswith("report.json")
+    assert "validate@case" in error.do
+
+
+@pytest.mark.parametrize("modes", [GREY, ["RGB"]])
+def test_packed_pictures_have_the_vectors_of_their_files(modes: list[str], tmp_path: Path) -> None:
+    layout = validated_case(tmp_path, modes)
+    recipe = image_recipe(tmp_path, packed=True)
+    features.features(recipe, layout)
+    extract = extractor(layout, recipe.features)
+    pack = packs.load(layout, "image", extract.padding)
+    items = pictures(layout)
+    for rows in (np.arange(20), np.array([13, 2, 19, 4, 3, 0, 7, 11, 5])):
+        reader, files = Packed(pack, rows, "cpu"), extract.reader([items[row] for row in rows])
+        assert [batch.tolist() for batch in reader.batches] == [batch.tolist() for batch in files.batches]
+        assert reader.smallest == files.smallest
+        (one,), (two,) = reader.read(np.array([1, 0])), files.read(np.array([1, 0]))
+        assert np.array_equal(one, two)
+        assert one.flags.c_contiguous
+        expected = extract([items[row] for row in rows])
+        assert distinct(expected)
+        assert np.array_equal(extract.read(reader), expected)
+        stored = np.load(layout.features / "features.npy")[rows]
+        assert np.array_equal(expected.astype(np.float16), stored) or len(rows) < 20  # in other batches
+        assert stored.astype(np.float32) == pytest.approx(expected, abs=2e-3, rel=2e-3)
+
+
+def test_packed_texts_have_the_vectors_of_the_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(features.TOKENS_PER_BATCH, "cpu", 200)
+    layout = text_case(tmp_path)
+    recipe = text_recipe(tmp_path, packed=True)
+    features.features(recipe, layout)
+    extract = extractor(layout, recipe.features)
+    pack = packs.load(layout, "text", extract.padding)
+    for rows in (np.arange(40), np.array([13, 2, 39, 4, 3, 0, 27, 11, 5])):
+        reader, plain = Packed(pack, rows, "cpu"), extract.reader([TEXTS[row] for row in rows])
+        assert len(reader.batches) > 1
+        assert [batch.tolist() for batch in reader.batches] == [batch.tolist() for batch in plain.batches]
+        assert reader.smallest == plain.smallest
+        expected = extract([TEXTS[row] for row in rows])
+        assert distinct(np.unique(expected.round(4), axis=0))  # some of the texts are equal
+        assert np.array_equal(extract.read(reader), expected)
+        stored = np.load(layout.features / "features.npy")[rows].astype(np.float32)
+        assert stored == pytest.approx(expected, abs=2e-3, rel=2e-3)
+
+
+def test_packed_rows_choose_an_arithmetic_by_the_same_sample_as_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = validated_case(tmp_path, GREY)
+    features.features(image_recipe(tmp_path, packed=True), layout)
+    samples: list[Any] = []
+
+    def choose(network: Any, dtypes: Any, calibration: Any, check: Any) -> Arithmetic:
+        samples.append([*calibration, *check])
+        return Arithmetic()
+
+    monkeypatch.setattr(precision, "choose", choose)
+    monkeypatch.setattr(devices, "fast_dtypes", lambda device: [torch.bfloat16])
+    monkeypatch.setattr(features, "SAMPLE", 10)
+    recipe = image_recipe(tmp_path, precision="auto")
+    features.features(recipe, layout)
+    features.features(image_recipe(tmp_path, packed=True), layout)  # asks nobody
+    pack = packs.load(layout, "image", 0)
+    arithmetic_for(
+        layout.weights,
+        recipe.features,
+        lambda extractor, rows: Packed(pack, rows, extractor.device.type),
+        20,
+    )
+    of_files, of_pack = samples
+    assert [len(part) for part in of_files] == [5, 5]
+    assert all(torch.equal(one, two) for one, two in zip(of_files, of_pack, strict=True))
+    every_other = torch.from_numpy(decoded(layout)[[0, 4, 8, 12, 16]])  # of rows 0 to 19, ten
+    assert torch.equal(of_files[0], every_other)
+
+
+# What a network is shown
+
+
+def tapped(network: torch.nn.Module) -> Tapped:
+    said = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
+    spec = Spec("timm", "flat", "image", 3, said, "made up", None, "", None)
+    return Tapped(network, spec, None)
+
+
+class Shown(torch.nn.Module):
+    """Returns what it is given, and remembers how that lay in memory."""
+
+    given: torch.Tensor
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.given = pixels
+        return pixels
+
+
+def test_grey_pixels_are_shown_as_three_equal_channels() -> None:
+    grey = torch.arange(256, dtype=torch.uint8).reshape(4, 8, 8, 1)
+    shown = Shown()
+    for dtype in (torch.uint8, torch.float32):
+        found = tapped(shown)(grey.to(dtype))
+        assert shown.given.is_contiguous(memory_format=torch.channels_last)
+        assert found.shape == (4, 3, 8, 8)
+        assert torch.equal(found, tapped(shown)(grey.to(dtype).repeat(1, 1, 1, 3)))
+
+
+def test_pixels_may_be_fractions() -> None:
+    chance = torch.Generator().manual_seed(0)
+    pixels = 255 * torch.rand(2, 8, 8, 3, generator=chance)
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
+    expected = ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
+    torch.testing.assert_close(tapped(Shown())(pixels), expected, rtol=1e-5, atol=1e-5)
+    whole = pixels.to(torch.uint8)
+    assert torch.equal(tapped(Shown())(whole), tapped(Shown())(whole.float()))
 
 
 # torch.compile

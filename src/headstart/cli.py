@@ -85,7 +85,7 @@ def _opened(path: Path) -> tuple[Recipe, Layout]:
 
 def _log_plainly() -> None:
     """Messages alone, for commands without Prefect; with it, Prefect's own format says which task speaks."""
-    quiet = os.environ.get("HEADSTART_QUIET") == "1"
+    quiet = os.environ.get("HEADSTART_QUIET") == "1" or os.environ.get("RANK", "0") != "0"
     logging.basicConfig(level="WARNING" if quiet else "INFO", format="%(message)s", stream=sys.stdout)
 
 
@@ -151,6 +151,27 @@ def evaluate_protocol(
     chosen, layout = _opened(recipe)
     rows = protocols.cross_validate(chosen, layout, folds, seeds, random_folds)
     print(protocols.format_table(rows))
+
+
+@app.command()
+def find_learning_rate(
+    recipe: RecipePath,
+    steps: Annotated[int, typer.Option(min=10, help="Steps to try, each at a higher rate.")] = 100,
+) -> None:
+    """Try rising learning rates on a recipe that fine-tunes: suggests one, and plots loss over rate."""
+    from headstart import rates, training
+
+    _log_plainly()
+    chosen, layout = _opened(recipe)
+    if chosen.train.method != "fine_tune":
+        raise HeadstartError("nothing here learns at a rate", where="train.method", do="set it to fine_tune")
+    examples = training.load(chosen, layout)
+    tuning, _ = training.begin(chosen, layout, examples, examples.rows("train"), examples.rows("val"))
+    table = rates.sweep(tuning, steps=steps)
+    layout.work.mkdir(parents=True, exist_ok=True)
+    picture = layout.work / "learning_rate.png"
+    rates.plot(table, picture)
+    print(f"train.learning_rate: {rates.suggested(table):.1e}, see {picture.relative_to(layout.root)}")
 
 
 @app.command()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 DEVICE = "HEADSTART_DEVICE"
+PROCESSES = "HEADSTART_PROCESSES"
 
 
 def device() -> torch.device:
@@ -40,6 +41,24 @@ def device() -> torch.device:
             do="set it to cpu, cuda or mps, or leave it unset",
         ) from None
     return chosen
+
+
+def processes() -> int:
+    """Processes that train together: ``HEADSTART_PROCESSES`` if it is set, else one for each GPU.
+
+    Raises:
+        HeadstartError: the number wanted is none.
+    """
+    import torch
+
+    wanted = os.environ.get(PROCESSES)
+    if not wanted:
+        return max(1, torch.cuda.device_count()) if device() == torch.device("cuda") else 1
+    if not wanted.isdecimal() or wanted == "0":
+        raise HeadstartError(
+            f"{wanted!r} is no number of processes", where=PROCESSES, do="set it to 1 or more"
+        )
+    return int(wanted)
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -1,7 +1,8 @@
 """Features: one pass of the frozen backbone over every row.
 
 Goes in: the manifest, the raw images or texts, and the backbone. Comes out: ``features/<recipe>/``, an array
-that training maps into memory. A killed run continues where it was. Never reads a label.
+that training maps into memory, beside it, if the recipe says so, the pixels or tokens that the backbone was
+given. A killed run continues where it was. Never reads a label.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import logging
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from difflib import get_close_matches
 from functools import partial
+from math import prod
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
@@ -28,15 +30,17 @@ import torch._inductor.config
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from headstart import backbones, devices, images, precision, texts
+from headstart import backbones, devices, images, packs, precision, texts
 from headstart.errors import HeadstartError
 from headstart.layout import Layout, sha256_of, unwritable_named, written_whole
+from headstart.packs import Pack, Sentences
 from headstart.precision import Arithmetic
 from headstart.progress import bar
 from headstart.recipe import Features, Recipe
 
 Rows = NDArray[np.int64]
 Item = str | bytes | Path
+Form = tuple[tuple[int, ...], str]  # shape and dtype of an array
 
 # On a CPU a batch should stay in its caches, on a GPU it should fill it.
 IMAGES_PER_BATCH = {"cpu": 8}
@@ -100,10 +104,38 @@ class Texts:
         return self.tokens.padded(rows, self.padding)
 
 
+class Packed:
+    """Reader of rows that are packed: what ``Images`` and ``Texts`` read, without decoding or tokenising.
+
+    Args:
+        pack: all rows.
+        rows: positions of those wanted; the reader's own rows count from 0.
+        on: the type of the device.
+    """
+
+    def __init__(self, pack: Pack, rows: Rows, on: str) -> None:
+        self.pack, self.rows = pack, rows
+        if isinstance(pack, Sentences):
+            self.smallest = Texts.smallest
+            budget = TOKENS_PER_BATCH.get(on, ON_A_GPU["tokens"])
+            self.batches = texts.batches(pack.tokens.lengths[rows], budget)
+        else:
+            self.smallest = IMAGES_PER_BATCH.get(on, ON_A_GPU["images"])
+            self.batches = packs.cut(np.arange(len(rows)), self.smallest)
+
+    def read(self, rows: Rows) -> tuple[NDArray[Any], ...]:
+        """The arrays of one batch, pixels in three channels."""
+        arrays = self.pack.batch(self.rows[rows])
+        if isinstance(self.pack, Sentences):
+            return arrays
+        return (np.repeat(arrays[0], 3 // arrays[0].shape[-1], axis=-1),)
+
+
 class Tapped(nn.Module):
     """A backbone behind its own preprocessing, that returns float32 [n, dim] of the layers wanted.
 
-    Images come in as uint8 [n, side, side, 3], texts as ids and mask, int64 [n, tokens] each.
+    Images come in as uint8 or float32 [n, side, side, 3], 0 to 255, or [n, side, side, 1] if they are grey;
+    texts as ids and mask, int64 [n, tokens] each.
 
     Raises:
         HeadstartError: a layer that the network does not have.
@@ -150,7 +182,8 @@ class Tapped(nn.Module):
         if mask is None:
             pixels = first.permute(0, 3, 1, 2).float()  # whose memory has the channels last already
             mean, std = (255 * pixels.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
-            image: Tensor = self.network((pixels - mean) / std)
+            scaled = (pixels - mean) / std  # grey becomes three channels, and forgets their order in memory
+            image: Tensor = self.network(scaled.contiguous(memory_format=torch.channels_last))
             return image
         tokens: Tensor = self.network(input_ids=first, attention_mask=mask)[0]
         return tokens[:, 0] if self.pooling == "cls" else averaged(tokens, mask)
@@ -245,14 +278,19 @@ class Extractor:
 
     def __call__(self, items: Sequence[Item]) -> NDArray[np.float32]:
         """float32 [items, dim], in the order of the items."""
-        reader = self.reader(items)
-        found = np.empty((len(items), self.dim), np.float32)
-        for rows, vectors in self.run(reader, reader.batches):
+        return self.read(self.reader(items))
+
+    def read(self, reader: Reader) -> NDArray[np.float32]:
+        """float32 [rows, dim] of all that a reader has."""
+        found = np.empty((sum(map(len, reader.batches)), self.dim), np.float32)
+        for rows, _, vectors in self.run(reader, reader.batches):
             found[rows] = vectors
         return found
 
-    def run(self, reader: Reader, batches: Sequence[Rows]) -> Iterator[tuple[Rows, NDArray[np.float32]]]:
-        """Rows and their vectors, float32 [rows, dim], batch by batch.
+    def run(
+        self, reader: Reader, batches: Sequence[Rows]
+    ) -> Iterator[tuple[Rows, tuple[NDArray[Any], ...], NDArray[np.float32]]]:
+        """Rows, what was read of them, and their vectors, float32 [rows, dim], batch by batch.
 
         A GPU computes while the cores read on. On a CPU both want the same cores, and each waits for
         the other at every layer; there the cores read a few batches together, then compute them together.
@@ -260,7 +298,7 @@ class Extractor:
         for rows, arrays in _read(reader, batches, overlap=self.device.type != "cpu"):
             least = 0 if self.compiled is None else reader.smallest
             tensors = self.tensors([_filled(array, least) for array in arrays])
-            yield rows, self.forward(*tensors)[: len(rows)].cpu().numpy()
+            yield rows, arrays, self.forward(*tensors)[: len(rows)].cpu().numpy()
 
     def tensors(self, arrays: Sequence[NDArray[Any]]) -> tuple[Tensor, ...]:
         """What a reader has read, on the device."""
@@ -283,8 +321,8 @@ class Extractor:
 def features(recipe: Recipe, layout: Layout) -> None:
     """Write ``features/<recipe>/`` as docs/reference/files.md describes it.
 
-    Disk: the array once, in ``.headstart/<recipe>/`` until it is whole. Memory: the network, a few batches,
-    and of texts the tokens.
+    Disk: the arrays once, in ``.headstart/<recipe>/`` until they are whole. Memory: the network, a few
+    batches, and of texts the tokens.
 
     Raises:
         HeadstartError: the manifest or the backbone is missing, or they do not fit together; a layer does not
@@ -293,7 +331,12 @@ def features(recipe: Recipe, layout: Layout) -> None:
     ids, items, digest = _rows(recipe, layout)
     wanted = recipe.features.compile
     compiled = len(items) >= COMPILE_FROM[recipe.modality] if wanted is None else wanted
-    arithmetic = arithmetic_for(layout.weights, recipe.features, items)
+    arithmetic = arithmetic_for(
+        layout.weights,
+        recipe.features,
+        lambda extractor, rows: extractor.reader([items[row] for row in rows]),
+        len(items),
+    )
     extractor = Extractor(layout.weights, recipe.features, arithmetic, compiled)
     described = {
         "rows": len(items),
@@ -304,29 +347,44 @@ def features(recipe: Recipe, layout: Layout) -> None:
         "manifest_sha256": digest,
         "dim": extractor.dim,
     }
+    if recipe.features.packed:
+        described["packed"] = True
+        if recipe.modality == "image":
+            described["channels"] = _channels(layout)
     with unwritable_named(layout.features):
-        array = _extract(extractor, items, layout.work / "features", described | {"compiled": compiled})
+        work = _extract(extractor, items, layout.work / "features", described | {"compiled": compiled})
     with written_whole(layout.features) as folder:
         ids.to_parquet(folder / "ids.parquet", index=False)
         text = json.dumps(described, indent=2, sort_keys=True) + "\n"
         (folder / "features.json").write_text(text, encoding="utf-8")
         arithmetic.save(folder / "arithmetic.safetensors")
-        shutil.move(array, folder / "features.npy")  # the last step: what fails before it can be repeated
+        for array in sorted(work.glob("*.npy"), reverse=True):
+            shutil.move(array, folder / array.name)  # the last steps: what fails before can be repeated
     shutil.rmtree(layout.work / "features", ignore_errors=True)
 
 
-def arithmetic_for(weights: Path, options: Features, items: Sequence[Item]) -> Arithmetic:
-    """What the recipe says, or the fastest arithmetic that agrees with float32 on a sample of the items."""
+def arithmetic_for(
+    weights: Path, options: Features, sampled: Callable[[Extractor, Rows], Reader], rows: int
+) -> Arithmetic:
+    """What the recipe says, or the fastest arithmetic that agrees with float32 on a sample of the rows.
+
+    Args:
+        weights: the backbone's folder.
+        options: the recipe's ``features`` block.
+        sampled: gives a reader of some of the rows.
+        rows: how many there are.
+    """
     if options.precision != "auto":
         return Arithmetic(options.precision)
     exact = Extractor(weights, options, Arithmetic())
     dtypes = devices.fast_dtypes(exact.device)
-    if not dtypes or not items:
+    if not dtypes or not rows:
         return Arithmetic()
-    sample = exact.reader([items[i] for i in np.unique(np.linspace(0, len(items) - 1, SAMPLE).astype(int))])
-    rows = np.sort(np.concatenate(sample.batches))
+    sample = sampled(exact, np.unique(np.linspace(0, rows - 1, SAMPLE).astype(np.int64)))
+    places = np.sort(np.concatenate(sample.batches))
     calibration, check = (
-        exact.tensors(sample.read(part)) for part in (rows[::2], rows[1::2] if len(rows) > 1 else rows)
+        exact.tensors(sample.read(part))
+        for part in (places[::2], places[1::2] if len(places) > 1 else places)
     )
     return precision.choose(exact.network, dtypes, calibration, check)
 
@@ -357,34 +415,50 @@ def _rows(recipe: Recipe, layout: Layout) -> tuple[Any, list[Item], str]:
 
 
 def _extract(extractor: Extractor, items: Sequence[Item], work: Path, key: dict[str, Any]) -> Path:
-    """The path of a whole float16 array [items, dim], continued from what a killed run has left.
+    """A folder of whole arrays, ``features.npy`` and what is packed; continues what a killed run has left.
 
-    Every finished shard is on the disk before the journal names it, so a kill costs one shard. The file has
-    its full size from the start: a disk that is too small is found out at once.
+    Every finished shard is on the disk before the journal names it, so a kill costs one shard. The files have
+    their full size from the start: a disk that is too small is found out at once.
     """
     folder = work / _digest(extractor, key)
-    array, journal = folder / "features.npy", folder / "shards"
+    journal = folder / "shards"
     for other in set(work.glob("*")) - {folder}:
         shutil.rmtree(other, ignore_errors=True)
     reader = extractor.reader(items)
     shards = _shards(reader.batches)
-    done = _journalled(journal) if array.exists() else set()
+    forms: dict[str, Form] = {"features": ((len(items), extractor.dim), "<f2")}
+    packed: dict[str, NDArray[Any]] = {}  # that is known before the pass
+    if extractor.options.packed and isinstance(reader, Texts):
+        packed = {"tokens": reader.tokens.ids, "bounds": reader.tokens.bounds}
+        forms |= {"tokens": (packed["tokens"].shape, "<i4"), "bounds": (packed["bounds"].shape, "<i8")}
+    elif extractor.options.packed:
+        side = side_of(extractor.spec, extractor.options)
+        forms["pixels"] = (len(items), side, side, key["channels"]), "|u1"
+    paths = {name: folder / f"{name}.npy" for name in forms}
+    done = _journalled(journal) if all(path.exists() for path in paths.values()) else set()
     if done:
         log.info("continuing after %d of %d shards", len(done), len(shards))
     rows_done = sum(len(rows) for shard in done for rows in shards[shard])
     with bar(total=len(items), initial=rows_done, desc="extracting features", unit=" rows") as progress:
-        shape = len(items), extractor.dim
-        target: Any = np.load(array, mmap_mode="r+") if done else _allocated(array, shape)
+        if not done:
+            journal.unlink(missing_ok=True)
+            _allocate(folder, forms)
+        targets: dict[str, Any] = {name: np.load(path, mmap_mode="r+") for name, path in paths.items()}
+        for name, array in packed.items():
+            targets[name][:] = array
         for number in sorted(set(range(len(shards))) - done):
-            for rows, vectors in extractor.run(reader, shards[number]):
-                target[rows] = _halved(vectors, items, rows)
+            for rows, arrays, vectors in extractor.run(reader, shards[number]):
+                targets["features"][rows] = _halved(vectors, items, rows)
+                if "pixels" in targets:
+                    targets["pixels"][rows] = arrays[0][..., : key["channels"]]
                 progress.update(len(rows))
-            target.flush()
+            for target in targets.values():
+                target.flush()
             with journal.open("a", encoding="ascii") as file:
                 file.write(f"{number}\n")
                 file.flush()
                 os.fsync(file.fileno())
-    return array
+    return folder
 
 
 def _digest(extractor: Extractor, key: dict[str, Any]) -> str:
@@ -392,7 +466,7 @@ def _digest(extractor: Extractor, key: dict[str, Any]) -> str:
     library = Path(__file__).parent
     files = [
         library / f"{name}.py"
-        for name in ("attention", "backbones", "devices", "features", "images", "precision", "texts")
+        for name in ("attention", "backbones", "devices", "features", "images", "packs", "precision", "texts")
     ]
     files += sorted(extractor.weights.glob("*.json"))  # spec.json holds the digest of the weights
     content = [sha256_of(file) for file in files]
@@ -431,28 +505,42 @@ def _journalled(journal: Path) -> set[int]:
     return {int(line) for line in lines[:whole].split()}
 
 
-def _allocated(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
-    """A new float16 .npy file with all its bytes written: a sparse one would die of a full disk by signal."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (path.parent / "shards").unlink(missing_ok=True)
-    size, zeros = 2 * shape[0] * shape[1], bytes(1 << 20)
+def _channels(layout: Layout) -> int:
+    """Channels worth keeping of the recipe's pictures: one if all of them are grey."""
+    path = layout.manifest / "report.json"
     try:
-        with path.open("wb") as file:
-            header = {"descr": "<f2", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for left in range(size, 0, -len(zeros)):
-                file.write(zeros[:left])
+        modes = json.loads(path.read_text(encoding="utf-8"))["modes"]
+    except FileNotFoundError:
+        raise HeadstartError(
+            "there is no report on the pictures",
+            where=str(path),
+            do=f"run `dvc repro validate@{layout.recipe}`",
+        ) from None
+    return 1 if all(mode in {"1", "L", "LA"} or mode.startswith("I") for mode in modes) else 3
+
+
+def _allocate(folder: Path, forms: dict[str, Form]) -> None:
+    """New .npy files with all their bytes written: sparse ones would die of a full disk by signal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {name: np.dtype(dtype).itemsize * prod(shape) for name, (shape, dtype) in forms.items()}
+    zeros = bytes(1 << 20)
+    try:
+        for name, (shape, dtype) in forms.items():
+            with (folder / f"{name}.npy").open("wb") as file:
+                header = {"descr": dtype, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for left in range(sizes[name], 0, -len(zeros)):
+                    file.write(zeros[:left])
     except OSError as error:
-        path.unlink(missing_ok=True)
+        for name in forms:
+            (folder / f"{name}.npy").unlink(missing_ok=True)
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise
         raise HeadstartError(
             f"there is no room for the features: {error.strerror}",
-            where=str(path),
-            do=f"free {size / 1e9:.2g} GB there, then run the same command again",
+            where=str(folder),
+            do=f"free {sum(sizes.values()) / 1e9:.2g} GB there, then run the same command again",
         ) from error
-    mapped: np.memmap[Any, Any] = np.load(path, mmap_mode="r+")
-    return mapped
 
 
 def _read(

@@ -37,6 +37,7 @@ def bar(
     """
     from tqdm import tqdm
 
+    others = os.environ.get("RANK", "0") != "0"  # of several processes the first one shows it
     terminal = None
     if sys.stderr.isatty():
         terminal = sys.stderr
@@ -51,7 +52,7 @@ def bar(
         unit=unit,
         unit_scale=unit_scale,
         initial=initial,
-        disable=terminal is None or os.environ.get("HEADSTART_QUIET") == "1",
+        disable=terminal is None or os.environ.get("HEADSTART_QUIET") == "1" or others,
         delay=2,
         leave=False,
     )

@@ -17,7 +17,7 @@ from headstart.layout import Layout
 from headstart.metrics import METRICS, scores
 from headstart.progress import bar
 from headstart.recipe import Recipe
-from headstart.training import Examples, Rows, fit_rows, load
+from headstart.training import Examples, Rows, fit, load
 
 # A quarter of the training folds chooses the penalty: 60/20/20 with five folds, as in a recipe.
 INNER_FOLDS = 4
@@ -41,7 +41,8 @@ def cross_validate(
 
     Returns:
         One line per seed and fold: ``seed``, ``fold``, ``folds`` (their number), ``kind`` (``group-safe`` or
-        ``random``), ``rows``, ``groups``, ``l2``, then every metric of ``headstart.metrics``.
+        ``random``), ``rows``, ``groups``, ``chosen`` (what the inner validation rows chose),
+        then every metric of ``headstart.metrics``.
 
     Raises:
         HeadstartError: fewer groups (or rows) of a class than folds, or whatever ``train`` raises.
@@ -55,8 +56,13 @@ def cross_validate(
         training, held_out = _split(examples, everything, folds, seed, random_folds)[fold]
         inner = _split(examples, training, INNER_FOLDS, seed, random_folds)
         fitted, choosing = inner[0]
-        head, penalty, _ = fit_rows(examples, recipe.train, fitted, choosing)
-        found = scores(examples.truth[held_out], head.probabilities(examples.features[held_out]))
+        seeded = recipe.model_copy(
+            update={"train": recipe.train.model_copy(update={"seed": recipe.train.seed + seed})}
+        )
+        model = fit(seeded, layout, examples, fitted, choosing)
+        if model is None:
+            continue  # one of several processes; the first of them reports
+        found = scores(examples.truth[held_out], model.probabilities(held_out))
         lines.append(
             {
                 "seed": seed,
@@ -65,7 +71,7 @@ def cross_validate(
                 "kind": "random" if random_folds else "group-safe",
                 "rows": len(held_out),
                 "groups": examples.manifest["group"].iloc[held_out].nunique(),
-                "l2": penalty,
+                "chosen": model.chosen,
                 **found,
             }
         )
@@ -95,9 +101,7 @@ def format_table(rows: pd.DataFrame, confidence: float = 0.95) -> str:
         f"{folds} {kind} folds, {seeds} seed{'s' if seeds > 1 else ''}, {rows['rows'].sum() // seeds:,} rows"
     )
     shown = rows.drop(columns=["folds", "kind"])
-    each = shown.to_string(
-        index=False, formatters=dict.fromkeys(METRICS, "{:.3f}".format) | {"l2": "{:g}".format}
-    )
+    each = shown.to_string(index=False, formatters=dict.fromkeys(METRICS, "{:.3f}".format))
     means = summarise(rows, confidence).to_string(float_format="{:.3f}".format)
     notes = [
         f"low, high: {confidence:.0%} interval of the mean, corrected for folds that share training rows"

@@ -123,19 +123,95 @@ class Features(Block):
     float32 on a sample of the rows."""
     compile: bool | None = None
     """Use torch.compile; by default only when there are rows enough to repay its start-up."""
+    packed: bool = False
+    """Keep the decoded pixels or the tokens too, which ``fine_tune`` reads again and again."""
+
+
+class Augment(Block):
+    """What may happen to a picture in training without changing its label. All of it is off by default."""
+
+    horizontal_flip: bool = False
+    """Mirror left and right, half of the time."""
+    vertical_flip: bool = False
+    """Mirror top and bottom, half of the time."""
+    quarter_turns: bool = False
+    """Turn by 0, 90, 180 or 270 degrees."""
+    crop: float = Field(default=1.0, gt=0, le=1)
+    """Smallest share of the area that a random crop keeps; 1 crops nothing."""
+    brightness: float = Field(default=0.0, ge=0, lt=1)
+    """Multiply all values by a factor between 1 - this and 1 + this."""
+    contrast: float = Field(default=0.0, ge=0, lt=1)
+    """Stretch the values about the picture's mean by a factor between 1 - this and 1 + this."""
 
 
 class Train(Block):
-    """How the model is built."""
+    """How the model is built. The keys below ``l2`` are those of ``fine_tune``."""
 
-    method: Literal["feature_extraction"] = "feature_extraction"
-    """``feature_extraction``: the backbone stays frozen, a linear head is trained on its features."""
+    method: Literal["feature_extraction", "fine_tune"] = "feature_extraction"
+    """``feature_extraction``: the backbone stays frozen, a linear head is trained on its features.
+    ``fine_tune``: the backbone is trained as well."""
     seed: int = 0
     """Seed of everything random in training."""
     class_weight: Literal["balanced"] | None = None
     """``balanced`` weighs classes by their inverse frequency."""
     l2: list[float] = Field(default=[1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0], min_length=1)
     """L2 penalties to try; validation log-loss chooses."""
+    head_first: bool = True
+    """Start from the head that fits the frozen features best, instead of a random one."""
+    epochs: int | None = Field(default=None, ge=1)
+    """Passes over the training rows; by default 8 for images and 3 for texts."""
+    budget: float | None = Field(default=None, gt=0)
+    """Minutes of training at most; the schedule ends with them. What it reaches depends on the machine."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after so many epochs without a better one."""
+    choose_by: Literal["log_loss", "accuracy", "balanced_accuracy", "macro_f1", "auroc", "last"] = "auroc"
+    """What the epoch that is kept is best at, on the validation rows; ``last`` keeps the last one."""
+    batch: int = Field(default=32, ge=1)
+    """Rows per step, over all processes together."""
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """``sgd`` has a momentum of 0.9."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Of the backbone's last layers; by default 1e-3 for images and 1e-4 for texts."""
+    head_learning_rate: float | None = Field(default=None, gt=0)
+    """Of the head; by default that of the backbone's last layers."""
+    layer_decay: float = Field(default=0.8, gt=0, le=1)
+    """Each layer learns this much slower than the one after it."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Of weights alone: biases and normalisation are left free."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """How learning rates fall: to nothing along half a cosine, to a tenth every 7 epochs, or not at all."""
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps in which learning rates rise from nothing."""
+    clip: float | None = Field(default=1.0, gt=0)
+    """Longest gradient; a longer one is shortened to it."""
+    freeze: str | None = None
+    """Keep the backbone as it is up to this layer, and with it."""
+    gradual: bool = False
+    """Unfreeze one more layer each epoch, from the last one down (Howard & Ruder 2018)."""
+    lora: int | None = Field(default=None, ge=1)
+    """Train low-rank additions of this rank to the linear layers, instead of the layers (Hu et al. 2021).
+    For ``transformers``."""
+    batch_norm: Literal["frozen", "updated"] = "frozen"
+    """Keep the statistics of BatchNorm that the backbone came with, or let every batch change them."""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the head's inputs that are left out at each step."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each label that is spread over all classes."""
+    mixup: float = Field(default=0.0, ge=0)
+    """Blend pairs of pictures and of labels, in a proportion drawn from Beta(this, this); 0 blends none."""
+    ema: float | None = Field(default=0.98, gt=0, lt=1)
+    """Judge and keep a running mean of the weights, of which each step keeps this share."""
+    augment: Augment = Augment()
+    """What may happen to a picture."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Arithmetic of a step; ``auto`` takes bfloat16 where the machine is fast in it."""
+
+    @model_validator(mode="after")
+    def _of_one_method(self) -> Train:
+        alien = self.model_fields_set - {"method", "seed", "class_weight", "l2"}
+        if alien and self.method != "fine_tune":
+            raise ValueError(f"{', '.join(sorted(alien))}: only with `method: fine_tune`")
+        return self
 
 
 class Evaluate(Block):
@@ -165,6 +241,16 @@ class Recipe(Block):
     train: Train
     evaluate: Evaluate
     register_: Register = Field(default=Register(), alias="register")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Recipe:
+        if self.train.method == "fine_tune" and not self.features.packed:
+            raise ValueError("features.packed: `train: method: fine_tune` needs `features: packed: true`")
+        if self.train.lora and self.modality == "image":
+            raise ValueError("train.lora: needs a backbone of `transformers`")
+        if self.modality == "text" and (self.train.mixup or self.train.augment != Augment()):
+            raise ValueError("train.augment, train.mixup: are for pictures, and these are texts")
+        return self
 
     @property
     def name(self) -> str:
@@ -237,6 +323,8 @@ def json_schema() -> dict[str, Any]:
 
 def _explain(fault: Any) -> str:
     """One pydantic fault as one line: the key, what is wrong, and the nearest valid key."""
+    if not fault["loc"]:  # of the recipe as a whole: the message names the keys
+        return str(fault["msg"]).removeprefix("Value error, ")
     *parents, key = [str(part) for part in fault["loc"]]
     dotted = ".".join([*parents, key])
     if fault["type"] == "extra_forbidden":

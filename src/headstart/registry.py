@@ -12,11 +12,13 @@ import os
 import re
 import subprocess
 import tempfile
+import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
 from headstart import sources, stamps
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CANDIDATE = "candidate"
+BATCH = 1000  # metrics per request: the most that MLflow takes
 # What the served model imports, besides the library of its backbone.
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "torch", "tqdm")
 BACKBONE_REQUIREMENTS = {
@@ -132,6 +135,7 @@ def _log_run(recipe: Recipe, layout: Layout, model: dict[str, Any], digest: str)
         choices = _flat(recipe.model_dump(mode="json", by_alias=True))
         mlflow.log_params({key: sources.redacted(str(value)) for key, value in choices.items()})
         mlflow.log_metrics({name: value for name, value in _flat(metrics).items() if value is not None})
+        _log_history(run.info.run_id, layout, model["stamps"])
         mlflow.set_tags(_lineage(layout, model) | {"headstart.digest": digest})
         _log_data(layout, recipe)
         mlflow.log_artifacts(str(layout.evidence), "evidence")
@@ -145,6 +149,31 @@ def _log_run(recipe: Recipe, layout: Layout, model: dict[str, Any], digest: str)
             tags={"headstart.digest": digest, "headstart.run_id": run.info.run_id},
         )
     return str(registered.version)
+
+
+def _log_history(run: str, layout: Layout, stamped: dict[str, Any]) -> None:
+    """What fine-tuning wrote down by step and by epoch, in a few requests instead of thousands."""
+    import mlflow
+    import pandas as pd
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    for path, kind in (
+        (layout.model / "steps.csv", "step"),
+        (layout.model / "epochs.csv", "epoch"),
+        (layout.work / "train" / f"{stamps.key(stamped)}.csv", "epoch"),
+    ):
+        if not path.exists():
+            continue
+        table = pd.read_csv(path)
+        metrics = [
+            Metric(f"train.{kind}.{name}", float(value), now, int(line[kind]))
+            for line in table.to_dict("records")
+            for name, value in line.items()
+            if name != kind and np.isfinite(value)
+        ]
+        for start in range(0, len(metrics), BATCH):
+            mlflow.MlflowClient().log_batch(run, metrics=metrics[start : start + BATCH])
 
 
 def _log_model(recipe: Recipe, layout: Layout) -> Any:
@@ -171,6 +200,8 @@ def _log_model(recipe: Recipe, layout: Layout) -> Any:
     library = recipe.fetch.backbone.split(":")[0]
     names = (*REQUIREMENTS, *BACKBONE_REQUIREMENTS[library])
     package = Path(__file__).parent
+    trained, arithmetic = layout.model / "backbone", layout.model / "arithmetic.safetensors"
+    of_features = layout.features / "arithmetic.safetensors"
     with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
         choices = Path(folder) / "features.json"
         choices.write_text(recipe.features.model_dump_json(), encoding="utf-8")
@@ -181,11 +212,11 @@ def _log_model(recipe: Recipe, layout: Layout) -> Any:
             python_model=str(package / "pyfunc.py"),
             code_paths=[str(package)],
             artifacts={
-                "backbone": layout.weights.as_posix(),
+                "backbone": (trained if trained.is_dir() else layout.weights).as_posix(),
                 "head": (layout.model / "head.safetensors").as_posix(),
                 "model": (layout.model / "model.json").as_posix(),
                 "features": choices.as_posix(),
-                "arithmetic": (layout.features / "arithmetic.safetensors").as_posix(),
+                "arithmetic": (arithmetic if arithmetic.exists() else of_features).as_posix(),
             },
             signature=ModelSignature(inputs=inputs, outputs=outputs),
             input_example=pd.DataFrame(example),

@@ -18,7 +18,28 @@ from headstart.recipe import Recipe
 LIBRARY = Path(__file__).parent
 # Exactly the modules that make the stage `train` stale in dvc.yaml (a test compares the two). Read from
 # sys.modules, the list would depend on what else the process happens to have imported.
-MODULES = ("heads", "layout", "metrics", "recipe", "stamps", "training")
+MODULES = (
+    "attention",
+    "augmentation",
+    "backbones",
+    "checkpoints",
+    "classifiers",
+    "devices",
+    "features",
+    "finetuning",
+    "heads",
+    "images",
+    "launching",
+    "layout",
+    "metrics",
+    "packs",
+    "precision",
+    "recipe",
+    "schedules",
+    "stamps",
+    "texts",
+    "training",
+)
 
 
 def take(recipe: Recipe, layout: Layout) -> dict[str, Any]:
@@ -52,6 +73,11 @@ def take(recipe: Recipe, layout: Layout) -> dict[str, Any]:
             where=str(error.filename),
             do=f"run `dvc repro features@{layout.recipe}`",
         ) from None
+
+
+def key(stamps: dict[str, Any]) -> str:
+    """A name for one training: all that its outcome depends on."""
+    return hashlib.sha256(json.dumps(stamps, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(stamps: dict[str, Any], recipe: Recipe, layout: Layout) -> list[str]:

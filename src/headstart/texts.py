@@ -33,7 +33,7 @@ class Tokens:
 
         Some tokenizers make nothing of an empty text: it gets one place, since attention to nothing is NaN.
         """
-        lengths = self.lengths[rows]
+        lengths = self.bounds[rows + 1] - self.bounds[rows]
         mask = np.arange(max(1, lengths.max())) < lengths[:, None]
         ids = np.full(mask.shape, padding, np.int64)
         ids[mask] = np.concatenate([self.ids[self.bounds[row] : self.bounds[row + 1]] for row in rows])

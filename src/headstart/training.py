@@ -1,15 +1,17 @@
 """Train: from features to a model, its predictions, and stamps of what it was made from.
 
-Goes in: the manifest and the cached features of a frozen backbone. Comes out: ``head.safetensors``,
-``model.json`` and ``predictions.parquet``. Never measures itself on the test rows, which take no part in
-any choice: they are only predicted.
+Goes in: the manifest, the cached features of a frozen backbone and, for fine-tuning, the packed rows. Comes
+out: ``head.safetensors``, ``model.json``, ``predictions.parquet``, and the backbone if it was trained. Never
+measures itself on the test rows, which take no part in any choice: they are only predicted.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -21,6 +23,9 @@ from headstart.heads import Features, Head, select
 from headstart.layout import Layout, sha256_of, written_whole
 from headstart.metrics import Floats, Ints
 from headstart.recipe import Recipe, Train
+
+if TYPE_CHECKING:
+    from headstart.finetuning import Tuning
 
 Rows = NDArray[np.int64]
 
@@ -39,38 +44,214 @@ class Examples:
         return np.flatnonzero(self.manifest["split"].isin(splits))
 
 
-def train(recipe: Recipe, layout: Layout) -> None:
-    """Write ``model/R/`` from ``manifest/R/`` and ``features/R/``.
+class Fitted(Protocol):
+    """A model that a method has built."""
 
-    The head that the validation rows chose is the one that is kept. It is not fitted again on train and
+    @property
+    def said(self) -> dict[str, Any]:
+        """What model.json tells of how it was chosen."""
+        ...
+
+    @property
+    def chosen(self) -> str:
+        """The same in a word."""
+        ...
+
+    def probabilities(self, rows: Rows) -> Floats:
+        """float64 [rows, classes]."""
+        ...
+
+    def publish(self, folder: Path, rows: Rows) -> Floats:
+        """Write the model's own files, and return what they say of the rows: float64 [rows, classes]."""
+        ...
+
+
+def train(recipe: Recipe, layout: Layout) -> None:
+    """Write ``model/R/`` from ``manifest/R/``, ``features/R/`` and ``weights/R/``.
+
+    The model that the validation rows chose is the one that is kept. It is not fitted again on train and
     validation together: the validation rows would stop being rows that the model has not seen, and
     whatever is chosen on them later (a threshold, a calibration) would be chosen on its own training data.
 
     Raises:
-        HeadstartError: files are missing or of different runs, features are not finite, or a class has no
-            rows to learn from.
+        HeadstartError: files are missing or of different runs, features are not finite, a class has no
+            rows to learn from, or fine-tuning cannot go on.
     """
+    if recipe.train.method != "feature_extraction":
+        from headstart import devices, launching
+
+        if not launching.launched() and (processes := devices.processes()) > 1:
+            launching.train(Path("recipes") / f"{layout.recipe}.yaml", processes)
+            return
     stamped = stamps.take(recipe, layout)  # first: a choice edited from here on is not what was used
     examples = load(recipe, layout)
-    head, penalty, table = fit_rows(examples, recipe.train, examples.rows("train"), examples.rows("val"))
-    model = {
-        "method": recipe.train.method,
-        "classes": examples.classes,
-        "l2": penalty,
-        "l2_tried": [{name: round(value, 6) for name, value in line.items()} for line in table],
-        "stamps": stamped,
-    }
+    key = stamps.key(stamped)
+    fitted = fit(recipe, layout, examples, examples.rows("train"), examples.rows("val"), key=key)
+    if fitted is None:
+        return  # one of several processes; the first of them publishes
     held_out = examples.rows("val", "test")
-    probabilities = head.probabilities(examples.features[held_out])
-    predictions = examples.manifest.iloc[held_out][["id", "split", "label", "domain", "group"]]
-    columns = {f"p:{name}": probabilities[:, i] for i, name in enumerate(examples.classes)}
-    predictions = predictions.reset_index(drop=True).assign(**columns)
     with written_whole(layout.model) as folder:
-        head.save(folder / "head.safetensors")
+        probabilities = fitted.publish(folder, held_out)
+        model = {"method": recipe.train.method, "classes": examples.classes, **fitted.said, "stamps": stamped}
         (folder / "model.json").write_text(
             json.dumps(model, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+        predictions = examples.manifest.iloc[held_out][["id", "split", "label", "domain", "group"]]
+        columns = {f"p:{name}": probabilities[:, i] for i, name in enumerate(examples.classes)}
+        predictions = predictions.reset_index(drop=True).assign(**columns)
         predictions.to_parquet(folder / "predictions.parquet", index=False)
+    shutil.rmtree(layout.work / "train" / key, ignore_errors=True)
+
+
+def fit(
+    recipe: Recipe, layout: Layout, examples: Examples, train: Rows, val: Rows, *, key: str | None = None
+) -> Fitted | None:
+    """The model that the recipe's method builds from the rows ``train``, with what the rows ``val`` choose.
+
+    Args:
+        recipe: its ``train`` block says how.
+        layout: where the backbone and the packed rows lie.
+        examples: every row.
+        train: positions of the rows to learn from.
+        val: positions of the rows that choose.
+        key: a name for the run; a killed run of the same name is continued.
+
+    Returns:
+        The model; None in all but the first of several processes.
+
+    Raises:
+        HeadstartError: as for ``train``.
+    """
+    if recipe.train.method == "feature_extraction":
+        return Frozen(examples, *fit_rows(examples, recipe.train, train, val))
+    tuning, frozen = begin(recipe, layout, examples, train, val, key=key)
+    tuning.run()
+    if not tuning.accelerator.is_main_process:
+        return None
+    return Tuned(recipe, tuning, frozen, layout.work / "train" / f"{key}.csv" if key is not None else None)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Feature extraction: a head on the features of a backbone that stays as it is."""
+
+    examples: Examples
+    head: Head
+    penalty: float
+    table: list[dict[str, float]]
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """The penalty, and all that were tried."""
+        tried = [{name: round(value, 6) for name, value in line.items()} for line in self.table]
+        return {"l2": self.penalty, "l2_tried": tried}
+
+    @property
+    def chosen(self) -> str:
+        """The penalty."""
+        return f"l2 {self.penalty:g}"
+
+    def probabilities(self, rows: Rows) -> Floats:
+        """float64 [rows, classes]."""
+        return self.head.probabilities(self.examples.features[rows])
+
+    def publish(self, folder: Path, rows: Rows) -> Floats:
+        """Write ``head.safetensors``."""
+        self.head.save(folder / "head.safetensors")
+        return self.probabilities(rows)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Fine-tuning: a backbone and a head that were trained together."""
+
+    recipe: Recipe
+    tuning: Tuning
+    frozen: Frozen | None
+    clock: Path | None
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """The epoch that is kept, and how the head that training started from was chosen."""
+        history = self.tuning.history
+        last = history.epochs[-1]["epoch"]
+        return {"epoch": history.chosen, "epochs": last} | (self.frozen.said if self.frozen else {})
+
+    @property
+    def chosen(self) -> str:
+        """The epoch."""
+        return f"epoch {self.tuning.history.chosen}"
+
+    def probabilities(self, rows: Rows) -> Floats:
+        """float64 [rows, classes]."""
+        return self.tuning.probabilities(rows)
+
+    def publish(self, folder: Path, rows: Rows) -> Floats:
+        """Write ``backbone/``, ``head.safetensors``, ``arithmetic.safetensors`` and the history.
+
+        The probabilities are those of the files, computed as a served model computes them.
+        """
+        from headstart import features
+
+        history = self.tuning.history
+        pd.DataFrame(history.steps).to_csv(folder / "steps.csv", index=False, lineterminator="\n")
+        pd.DataFrame(history.epochs).to_csv(folder / "epochs.csv", index=False, lineterminator="\n")
+        if self.clock is not None:  # beside the model: no two runs take the same time
+            pd.DataFrame(history.clock).to_csv(self.clock, index=False, lineterminator="\n")
+        self.tuning.classifier.save(folder)
+        pack = self.tuning.pack
+        arithmetic = features.arithmetic_for(
+            folder / "backbone",
+            self.recipe.features,
+            lambda extractor, places: features.Packed(pack, rows[places], extractor.device.type),
+            len(rows),
+        )
+        arithmetic.save(folder / "arithmetic.safetensors")
+        extractor = features.Extractor(folder / "backbone", self.recipe.features, arithmetic)
+        vectors = extractor.read(features.Packed(pack, rows, extractor.device.type))
+        return Head.load(folder / "head.safetensors").probabilities(vectors)
+
+
+def begin(
+    recipe: Recipe, layout: Layout, examples: Examples, train: Rows, val: Rows, *, key: str | None = None
+) -> tuple[Tuning, Frozen | None]:
+    """A fine-tuning that has not run yet, and the model of frozen features that it starts from, if any.
+
+    Head first, then the whole: from a random head the first steps would spoil what the backbone knows
+    (LP-FT, Kumar et al. 2022, arXiv:2202.10054).
+
+    Raises:
+        HeadstartError: as for ``train``.
+    """
+    import torch
+
+    from headstart import packs
+    from headstart.checkpoints import Checkpoints
+    from headstart.classifiers import Classifier
+    from headstart.finetuning import Labels, Tuning
+
+    _checked(examples, train, val)
+    frozen = None
+    if recipe.train.head_first:
+        frozen = Frozen(examples, *fit_rows(examples, recipe.train, train, val))
+    head = frozen.head if frozen else None
+    torch.manual_seed(recipe.train.seed)  # a random head is one that comes again
+    classifier = Classifier(layout.weights, recipe.features, recipe.train, len(examples.classes), head)
+    targets, weights = labels(examples, recipe.train, train)
+    work = layout.work / "train"
+    if key is not None:
+        for other in set(work.glob("*/")) - {work / key}:
+            shutil.rmtree(other, ignore_errors=True)
+    tuning = Tuning(
+        classifier,
+        packs.load(layout, recipe.modality, classifier.padding),
+        Labels(examples.truth, targets, weights, examples.manifest["id"].tolist()),
+        train,
+        val,
+        checkpoints=Checkpoints(work / key) if key is not None else None,
+        work=work,
+    )
+    return tuning, frozen
 
 
 def load(recipe: Recipe, layout: Layout) -> Examples:
@@ -122,8 +303,27 @@ def fit_rows(
     Raises:
         HeadstartError: a class has no rows to learn from, no row to choose by, or features not finite.
     """
+    _checked(examples, train, val)
+    targets, weights = labels(examples, choices, train)
+    parts = [(_finite(examples, rows), targets[rows], weights[rows]) for rows in (train, val)]
+    return select(parts[0], parts[1], choices.l2)
+
+
+def labels(examples: Examples, choices: Train, train: Rows) -> tuple[Floats, Floats]:
+    """Targets float64 [n, k] and weights float64 [n] of every row."""
     k = len(examples.classes)
-    if absent := sorted(set(range(k)) - set(examples.truth[train].tolist())):
+    confidence = examples.manifest["confidence"].to_numpy(np.float64)
+    weights = examples.manifest["weight"].to_numpy(np.float64)
+    if choices.class_weight == "balanced":
+        # Factors of the training rows for all, so that validation judges by what training minimises.
+        weights = weights * class_factors(examples.truth[train], weights[train], k)[examples.truth]
+    return soft_targets(examples.truth, confidence, k), weights
+
+
+def _checked(examples: Examples, train: Rows, val: Rows) -> None:
+    """Raise HeadstartError unless there is something to learn from and to choose by."""
+    absent = sorted(set(range(len(examples.classes))) - set(examples.truth[train].tolist()))
+    if absent:
         raise HeadstartError(
             f"no training rows of {', '.join(examples.classes[c] for c in absent)}",
             do="add rows of that class, or name the classes wanted in the recipe: `validate: classes:`",
@@ -132,14 +332,6 @@ def fit_rows(
         raise HeadstartError(
             "no validation rows to choose by", do="raise `validate: splits: val:` in the recipe"
         )
-    confidence = examples.manifest["confidence"].to_numpy(np.float64)
-    weights = examples.manifest["weight"].to_numpy(np.float64)
-    targets = soft_targets(examples.truth, confidence, k)
-    if choices.class_weight == "balanced":
-        # Factors of the training rows for both, so that validation judges by what training minimises.
-        weights = weights * class_factors(examples.truth[train], weights[train], k)[examples.truth]
-    parts = [(_finite(examples, rows), targets[rows], weights[rows]) for rows in (train, val)]
-    return select(parts[0], parts[1], choices.l2)
 
 
 def _finite(examples: Examples, rows: Rows) -> Features:

@@ -1,0 +1,196 @@
+"""Classifiers: a backbone and a head as one network that can be trained.
+
+Goes in: the backbone of ``fetch`` and, if there is one, a head fitted to its frozen features. Comes out: a
+network from inputs to logits, and, once trained, a backbone folder and a head like those it was made from.
+Never sees a label.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headstart import backbones, features
+from headstart.errors import HeadstartError
+from headstart.heads import Head
+from headstart.layout import sha256_of
+from headstart.recipe import Features, Train
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class Classifier(nn.Module):
+    """Logits float32 [n, classes] of a batch: the backbone's vectors, standardised, and a linear head.
+
+    Args:
+        weights: a folder that ``fetch`` wrote.
+        options: which layers to tap, and at what size.
+        choices: what is frozen, and how much is dropped out.
+        classes: how many there are.
+        head: to start from; without one the head is random and takes the vectors as they are.
+
+    Raises:
+        HeadstartError: the backbone is missing, or has no such layers.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, weights: Path, options: Features, choices: Train, classes: int, head: Head | None = None
+    ) -> None:
+        super().__init__()
+        network, self.spec = backbones.load(weights)
+        self.weights, self.choices = weights, choices
+        self.padding = getattr(getattr(network, "config", None), "pad_token_id", None) or 0
+        if self.spec.modality == "image":
+            network = network.to(memory_format=torch.channels_last)
+        self.tapped = features.Tapped(network, self.spec, options.layers)
+        side = features.side_of(self.spec, options) if self.spec.modality == "image" else 0
+        reached, dim = self._probed(side)
+        self.dropout = nn.Dropout(choices.dropout)
+        self.linear = nn.Linear(dim, classes)
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+        if head is not None:
+            for own, given in (
+                (self.linear.weight, head.weight),
+                (self.linear.bias, head.bias),
+                (self.mean, head.mean),
+                (self.scale, head.scale),
+            ):
+                own.data = torch.from_numpy(given.copy())
+        # All up to the layer's last parameter: networks register their layers in the order they run.
+        names = [name for name, _ in network.named_parameters()]
+        last = self._last_frozen(names)
+        self.frozen = {module for module in network.modules() if module not in reached}
+        for name, parameter in network.named_parameters():
+            owner = network.get_submodule(name.rpartition(".")[0])
+            if owner in reached and names.index(name) > last:
+                parameter.requires_grad_(True)
+        for module in network.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                self.frozen.add(module)
+        if choices.lora:
+            self._adapt(choices.lora)
+
+    def _probed(self, side: int) -> tuple[set[nn.Module], int]:
+        """The modules that run until the last layer wanted is reached, and the dimensions of the vectors."""
+        reached: set[nn.Module] = set()
+        handles = [
+            module.register_forward_pre_hook(lambda module, given: reached.add(module))
+            for module in self.tapped.network.modules()
+        ]
+        ones = torch.ones(2, 2, dtype=torch.int64)
+        with torch.inference_mode():
+            vectors = self.tapped(*((ones.new_zeros(2, side, side, 3).byte(),) if side else (ones, ones)))
+        for handle in handles:
+            handle.remove()
+        return reached, vectors.shape[1]
+
+    def _last_frozen(self, names: list[str]) -> int:
+        layer = self.choices.freeze
+        if layer is None:
+            return -1
+        inside = [place for place, name in enumerate(names) if f"{name}.".startswith(f"{layer}.")]
+        if not inside:
+            known = [name for name, _ in self.tapped.network.named_modules()]
+            raise HeadstartError(
+                f"{self.spec.architecture} has no layer {layer} with weights",
+                where="train.freeze",
+                table=[f"did you mean {near}?" for near in get_close_matches(layer, known, n=3)],
+                do="name one of its layers",
+            )
+        return inside[-1]
+
+    def _adapt(self, rank: int) -> None:
+        """Put low-rank additions beside the linear layers, and train nothing else of the backbone."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        network = self.tapped.network
+        wanted = [
+            name
+            for name, module in network.named_modules()
+            if isinstance(module, nn.Linear) and module.weight.requires_grad
+        ]
+        network.requires_grad_(False)
+        self.frozen = set()
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=wanted), network)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Training mode, but for what is frozen: its statistics stay, and nothing of it drops out."""
+        super().train(mode)
+        for module in self.modules():
+            if module in self.frozen or (isinstance(module, NORMS) and self.choices.batch_norm == "frozen"):
+                module.training = False
+        return self
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Logits of one batch: pixels uint8 or float32 [n, side, side, c]; or ids, mask int64 [n, tokens]."""
+        vectors = (self.tapped(*inputs) - self.mean) / self.scale
+        logits: Tensor = self.linear(self.dropout(vectors))
+        return logits.float()
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The backbone's parameters that are trained, in the order in which the network runs."""
+        return (
+            (name, parameter)
+            for name, parameter in self.tapped.network.named_parameters()
+            if parameter.requires_grad
+        )
+
+    def changing(self) -> dict[str, Tensor]:
+        """All tensors that training changes, by name: parameters, and statistics that are updated."""
+        found: dict[str, Tensor] = {
+            name: parameter.data for name, parameter in self.named_parameters() if parameter.requires_grad
+        }
+        if self.choices.batch_norm == "updated":
+            for name, module in self.named_modules():
+                if isinstance(module, NORMS) and module not in self.frozen:
+                    found |= {f"{name}.{key}": value for key, value in module.named_buffers()}
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Write ``head.safetensors`` and ``backbone/``, which is like a folder that ``fetch`` wrote."""
+        from safetensors.torch import save_file
+
+        network = self.tapped.network
+        if self.choices.lora:
+            _merge(network)
+        state = {
+            name: value.detach().float().contiguous() if value.is_floating_point() else value
+            for name, value in network.state_dict().items()
+            if not name.startswith("pooler.")
+        }
+        backbone = folder / "backbone"
+        shutil.copytree(self.weights, backbone, ignore=shutil.ignore_patterns("weights.safetensors"))
+        save_file(state, backbone / "weights.safetensors")
+        spec = replace(self.spec, sha256=sha256_of(backbone / "weights.safetensors"))
+        text = json.dumps(asdict(spec), indent=2, ensure_ascii=False) + "\n"
+        (backbone / "spec.json").write_text(text, encoding="utf-8")
+        self.head().save(folder / "head.safetensors")
+
+    def head(self) -> Head:
+        """The head as it is now."""
+        parts = (self.linear.weight, self.linear.bias, self.mean, self.scale)
+        return Head(*(part.detach().float().cpu().numpy().copy() for part in parts))
+
+
+def _merge(network: nn.Module) -> None:
+    """Add the low-rank additions to the weights they stand beside, and take them away."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(network.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            adapted: Any = module
+            adapted.merge()
+            network.set_submodule(name, adapted.get_base_layer())

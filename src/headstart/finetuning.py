@@ -1,0 +1,431 @@
+"""Fine-tuning: the one loop in which a backbone and its head are trained together.
+
+Goes in: a classifier, packed rows and their labels. Comes out: the same classifier with the weights of its
+best epoch, and the history of the run. Everything random is a function of the seed and of the step or row at
+hand, so a run that was killed continues from its last checkpoint to the same bits. Never looks at test rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from math import ceil, inf, isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+
+from headstart import augmentation, devices, schedules
+from headstart.errors import HeadstartError
+from headstart.metrics import Floats, Ints, scores
+from headstart.progress import bar
+from headstart.recipe import Train
+
+if TYPE_CHECKING:
+    from headstart.checkpoints import Checkpoints
+    from headstart.classifiers import Classifier
+    from headstart.packs import Pack, Rows
+
+SWEEP = 64  # rows at a time where nothing is learned
+SECONDS_BETWEEN = 60.0  # checkpoints at least
+SHARE_OF_TIME = 0.05  # that checkpoints may take
+LOWER_IS_BETTER = {"log_loss"}
+BAD_ROWS = "bad_rows.csv"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What every row of a manifest should be, and how much it counts."""
+
+    truth: Ints  # [n]
+    targets: Floats  # [n, classes], each row a distribution
+    weights: Floats  # [n]
+    ids: Sequence[str]  # [n]
+
+
+@dataclass
+class History:
+    """What happened: a line per step and a line per epoch, and the clock, which no two runs agree on."""
+
+    steps: list[dict[str, float]] = field(
+        default_factory=list
+    )  # step, epoch, loss, accuracy, learning_rate, ...
+    epochs: list[dict[str, float]] = field(default_factory=list)  # epoch, step, and the validation scores
+    clock: list[dict[str, float]] = field(default_factory=list)  # epoch, seconds, rows_per_second, memory_gib
+    chosen: int = 0  # the epoch that is kept; 0 is before the first
+
+
+def precision_of(choices: Train, network: nn.Module, device: torch.device) -> torch.dtype:
+    """The dtype that a step computes in.
+
+    On a CPU depthwise convolutions are slower backwards in bfloat16 than in float32, by 1.7 times for
+    EfficientNet-Lite0.
+    """
+    if choices.precision != "auto":
+        dtype: torch.dtype = getattr(torch, choices.precision)
+        return dtype
+    depthwise = any(
+        isinstance(module, nn.Conv2d)
+        and module.groups > 1
+        and any(p.requires_grad for p in module.parameters())
+        for module in network.modules()
+    )
+    fast = torch.bfloat16 in devices.fast_dtypes(device)
+    return torch.bfloat16 if fast and not (depthwise and device.type == "cpu") else torch.float32
+
+
+class Tuning:
+    """A run over some rows of a pack.
+
+    Args:
+        classifier: trained in place.
+        pack: inputs of all rows.
+        labels: of all rows.
+        train: rows to learn from.
+        val: rows that choose the epoch.
+        checkpoints: where the run is kept; without, a killed run starts anew.
+        work: where the ids of a batch go that cannot be learned from.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        pack: Pack,
+        labels: Labels,
+        train: Rows,
+        val: Rows,
+        *,
+        checkpoints: Checkpoints | None = None,
+        work: Path | None = None,
+    ) -> None:
+        self.classifier, self.pack, self.labels = classifier, pack, labels
+        self.train_rows, self.val_rows = train, val
+        self.choices = choices = classifier.choices
+        self.checkpoints, self.work = checkpoints, work
+        # One process and one device, or as many as `accelerate launch` started.
+        self.accelerator = Accelerator(cpu=devices.device().type == "cpu", mixed_precision="no")
+        self.device = self.accelerator.device
+        self.dtype = precision_of(choices, classifier, self.device)
+        modality = classifier.spec.modality
+        self.model = self.accelerator.prepare_model(classifier)
+        rate = choices.learning_rate or schedules.LEARNING_RATE[modality]
+        self.groups = schedules.groups(
+            classifier.trained(), classifier.linear.named_parameters(), choices, rate
+        )
+        self.rates = [group["lr"] for group in self.groups]
+        self.optimizer = _optimizer(choices, self.groups)
+        self.epochs = choices.epochs or schedules.EPOCHS[modality]
+        self.per_epoch = ceil(len(train) / choices.batch)
+        self.micro = choices.batch  # rows that a process computes at a time
+        self.changing = classifier.changing()
+        self.mean = {name: value.clone() for name, value in self.changing.items()} if choices.ema else {}
+        self.best: dict[str, Tensor] = {name: value.clone() for name, value in self.changing.items()}
+        self.history = History()
+        self.step, self.elapsed, self.pause = 0, 0.0, SECONDS_BETWEEN
+
+    def run(self) -> History:
+        """Train to the end, and leave the classifier with the weights of the epoch chosen.
+
+        Raises:
+            HeadstartError: the loss is not a finite number, or a single row does not fit into memory.
+        """
+        if not self._resumed():
+            self._judge(0)
+        total = self.epochs * self.per_epoch
+        began = saved = time.monotonic()
+        before, ordered = self.elapsed, -1
+        with bar(total=len(self.train_rows) * self.epochs, desc="fine-tuning", unit=" rows") as progress:
+            progress.update(self.step * self.choices.batch)
+            while self.step < total and self._share_of_budget() < 1 and not self._patience_lost():
+                epoch, place = divmod(self.step, self.per_epoch)
+                if epoch != ordered:
+                    order, ordered, epoch_began = self.order(epoch), epoch, time.monotonic()
+                rows = order[place]
+                done = max((self.step + 1) / total, self._share_of_budget())
+                line = self.learn(rows, epoch, schedules.factor(self.choices, done, epoch))
+                self.step += 1
+                self.elapsed = before + time.monotonic() - began
+                progress.update(len(rows))
+                progress.set_postfix(loss=f"{line['loss']:.3f}", accuracy=f"{line['accuracy']:.2f}")
+                ended = self.step % self.per_epoch == 0 or self._share_of_budget() >= 1
+                if ended:
+                    self._judge(epoch + 1)
+                    self._note_clock(epoch + 1, time.monotonic() - epoch_began)
+                if ended or time.monotonic() - saved > self.pause:
+                    self._save()
+                    saved = time.monotonic()
+        self._load(self.best)
+        return self.history
+
+    def probabilities(self, rows: Rows) -> Floats:
+        """float64 [rows, classes], in the order of ``rows``, by the weights as they are now."""
+        place = np.empty(len(self.labels.truth), np.int64)
+        place[rows] = np.arange(len(rows))
+        found = torch.zeros(len(rows), self.classifier.linear.out_features, dtype=torch.float64)
+        self.classifier.eval()
+        with torch.inference_mode():
+            # Each process its share; where a row was not computed there are zeros, and they add up.
+            first, count = self.accelerator.process_index, self.accelerator.num_processes
+            for batch in self.pack.sweep(rows, SWEEP)[first::count]:
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    logits = self.classifier(*self._inputs(batch))
+                found[place[batch]] = logits.double().softmax(dim=1).cpu()
+            total: Tensor = self.accelerator.reduce(found.to(self.device), "sum")
+        probabilities: Floats = total.cpu().numpy()
+        return probabilities
+
+    def order(self, epoch: int) -> list[Rows]:
+        """The training rows in the batches of one epoch, the first of which is 0."""
+        chance = np.random.default_rng([self.choices.seed, epoch])
+        order: list[Rows] = self.pack.order(self.train_rows, self.choices.batch, chance)
+        return order
+
+    def learn(self, rows: Rows, epoch: int, factor: float) -> dict[str, float]:
+        """One step on a batch that all processes share, at ``factor`` times the base learning rates."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        loss, right = self._gradients(rows, epoch)
+        if self.choices.gradual:
+            for group in self.groups:
+                if (
+                    group["depth"] > epoch + 1
+                ):  # neither moved nor decayed: an optimizer skips what has no gradient
+                    for parameter in group["params"]:
+                        parameter.grad = None
+        trained = [p for group in self.groups for p in group["params"] if p.grad is not None]
+        norm = float(nn.utils.clip_grad_norm_(trained, self.choices.clip or inf))
+        if not isfinite(loss) or not isfinite(norm):
+            raise self._diverged(rows, loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._average()
+        line = {
+            "step": self.step + 1,
+            "epoch": epoch + 1,
+            "loss": loss,
+            "accuracy": right / len(rows),
+            "learning_rate": max(self.rates) * factor,
+            "gradient_norm": norm,
+        }
+        self.history.steps.append(line)
+        return line
+
+    def _gradients(self, rows: Rows, epoch: int) -> tuple[float, int]:
+        """Leave the gradient of the batch's weighted mean loss; return it and how many rows were right.
+
+        What does not fit into a GPU's memory is computed in smaller parts, of which the gradients add up.
+        """
+        while True:
+            try:
+                return self._parts(rows, epoch)
+            except torch.OutOfMemoryError:
+                self.optimizer.zero_grad(set_to_none=True)
+                if self.micro == 1 or self.accelerator.num_processes > 1:
+                    raise HeadstartError(
+                        "a training step does not fit into memory",
+                        where=f"{self.micro} rows on {self.device}",
+                        do="lower train.batch or features.image_size, or name more layers in train.freeze",
+                    ) from None
+                self.micro = ceil(min(self.micro, len(rows)) / 2)
+                log.warning("out of memory on %s: going on with %d rows at a time", self.device, self.micro)
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+
+    def _parts(self, rows: Rows, epoch: int) -> tuple[float, int]:
+        count, rank = self.accelerator.num_processes, self.accelerator.process_index
+        whole = float(self.labels.weights[rows].sum()) or 1.0
+        mine = rows[rank::count]
+        idle = not len(mine)  # every process must take part, or the others wait for ever
+        mine = rows[:1] if idle else mine
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.model.train()
+        torch.manual_seed(seed_of(self.choices.seed, self.step, rank))  # what drops out at this step
+        for start in range(0, len(mine), self.micro):
+            part = mine[start : start + self.micro]
+            last = start + self.micro >= len(mine)
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                inputs = self._inputs(part, epoch)
+                targets, weights = (
+                    torch.from_numpy(array[part]).to(self.device, torch.float32)
+                    for array in (self.labels.targets, self.labels.weights)
+                )
+                if self.choices.label_smoothing:
+                    spread = self.choices.label_smoothing
+                    targets = targets * (1 - spread) + spread / targets.shape[1]
+                if self.choices.mixup:
+                    pixels, targets, weights = augmentation.mixed(
+                        inputs[0], targets, weights, self.choices.mixup, self.choices.seed, self.step
+                    )
+                    inputs = (pixels,)
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    logits = self.model(*inputs)
+                losses = -(targets * logits.float().log_softmax(dim=1)).sum(dim=1)
+                loss = (weights * losses).sum() / whole * (0 if idle else 1)
+                # Several processes end up with the mean of their gradients, and the sum is wanted.
+                (loss * count).backward()
+            truth = torch.from_numpy(self.labels.truth[part]).to(self.device)
+            right = (logits.argmax(dim=1) == truth).sum() * (0 if idle else 1)
+            sums += torch.stack([loss.detach().double(), right.double()])
+        loss, right = self.accelerator.reduce(sums, "sum").tolist()
+        return loss, int(right)
+
+    def _inputs(self, rows: Rows, epoch: int | None = None) -> tuple[Tensor, ...]:
+        """What the classifier is given; with an ``epoch``, pictures as they look in it."""
+        tensors = tuple(torch.from_numpy(array).to(self.device) for array in self.pack.batch(rows))
+        if epoch is None or self.classifier.spec.modality == "text":
+            return tensors
+        return (augmentation.augmented(tensors[0], self.choices.augment, self.choices.seed, epoch, rows),)
+
+    def _average(self) -> None:
+        """Move the running mean of the weights; early on it forgets faster, to keep up."""
+        if self.choices.ema is None:
+            return
+        kept = min(self.choices.ema, (1 + self.step) / (10 + self.step))
+        for name, value in self.changing.items():
+            if value.is_floating_point():
+                self.mean[name].lerp_(value, 1 - kept)
+            else:
+                self.mean[name].copy_(value)
+
+    def _judge(self, epoch: int) -> None:
+        """Measure the weights on the validation rows, and keep them if they are the best so far."""
+        judged = self.mean or self.changing
+        own = {name: value.clone() for name, value in self.changing.items()}
+        self._load(judged)
+        found = scores(self.labels.truth[self.val_rows], self.probabilities(self.val_rows))
+        self._load(own)
+        self.history.epochs.append({"epoch": epoch, "step": self.step, **found})
+        wanted = self.choices.choose_by
+        earlier = [line for line in self.history.epochs if line["epoch"] == self.history.chosen]
+        if wanted == "last" or epoch == 0 or _better(wanted, found[wanted], earlier[0][wanted]):
+            self.history.chosen = epoch
+            self.best = {name: value.clone() for name, value in judged.items()}
+        self._say("epoch %d: %s", epoch, ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in self.changing.items():
+                value.copy_(tensors[name])
+
+    def _patience_lost(self) -> bool:
+        patience = self.choices.patience
+        return patience is not None and self.history.epochs[-1]["epoch"] - self.history.chosen >= patience
+
+    def _share_of_budget(self) -> float:
+        if self.choices.budget is None:
+            return 0.0
+        share = torch.tensor(self.elapsed / (60 * self.choices.budget), device=self.device)
+        return float(broadcast(share))  # the first process's clock counts for all
+
+    def _diverged(self, rows: Rows, loss: float) -> HeadstartError:
+        """The error of a step that cannot be taken; the ids of its rows are kept."""
+        ids = [self.labels.ids[row] for row in rows]
+        where = f"step {self.step + 1}"
+        if self.work is not None:
+            self.work.mkdir(parents=True, exist_ok=True)
+            path = self.work / BAD_ROWS
+            path.write_text("\n".join(["id", *map(str, ids)]) + "\n", encoding="utf-8")
+            where += f"; the ids of its rows are in {path}"
+        return HeadstartError(
+            f"training has diverged: the loss is {loss:g}",
+            where=where,
+            table=[str(name) for name in ids[:5]] + [f"and {len(ids) - 5} more"] * (len(ids) > 5),
+            do="lower train.learning_rate; if it stops at the same rows again, look at these",
+        )
+
+    def _note_clock(self, epoch: int, seconds: float) -> None:
+        rows = sum(1 for line in self.history.steps if line["epoch"] == epoch) * self.choices.batch
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)  # GiB; Linux counts in KiB
+        line = {"epoch": epoch, "seconds": seconds, "rows_per_second": rows / seconds, "memory_gib": peak}
+        self.history.clock.append(line)
+
+    def _save(self) -> None:
+        if self.checkpoints is None or not self.accelerator.is_main_process:
+            return
+        began = time.monotonic()
+        tensors: dict[str, Tensor] = {}
+        for kind, named in (("model", self.changing), ("mean", self.mean), ("best", self.best)):
+            tensors |= {f"{kind}.{name}": value for name, value in named.items()}
+        for place, parameter in enumerate(self._parameters()):
+            state = self.optimizer.state.get(parameter, {})
+            tensors |= {
+                f"optimizer.{place}.{key}": value for key, value in state.items() if value is not None
+            }
+        columns = list(self.history.steps[0])
+        tensors["steps"] = torch.tensor(
+            [list(line.values()) for line in self.history.steps], dtype=torch.float64
+        )
+        notes = {
+            "elapsed": self.elapsed,
+            "micro": self.micro,
+            "columns": columns,
+            "epochs": self.history.epochs,
+            "clock": self.history.clock,
+            "chosen": self.history.chosen,
+        }
+        self.checkpoints.save(self.step, tensors, notes)
+        self.pause = max(SECONDS_BETWEEN, (time.monotonic() - began) / SHARE_OF_TIME)
+
+    def _resumed(self) -> bool:
+        """Take up the last checkpoint, if there is one."""
+        checkpoint = self.checkpoints.latest() if self.checkpoints else None
+        if checkpoint is None:
+            return False
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "mean": {}, "best": {}, "optimizer": {}}
+        for name, value in checkpoint.tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind in parts:
+                parts[kind][rest] = value.to(self.device)
+        self._load(parts["model"])
+        self.mean, self.best = parts["mean"], parts["best"]
+        for place, parameter in enumerate(self._parameters()):
+            prefix = f"{place}."
+            for name, value in parts["optimizer"].items():
+                if name.startswith(prefix):
+                    # Fused optimizers walk through memory: what goes with a parameter must lie as it does.
+                    like = parameter if value.shape == parameter.shape else value
+                    state = self.optimizer.state[parameter]
+                    state[name.removeprefix(prefix)] = torch.empty_like(like, dtype=value.dtype).copy_(value)
+        notes = checkpoint.notes
+        steps = [
+            dict(zip(notes["columns"], line, strict=True)) for line in checkpoint.tensors["steps"].tolist()
+        ]
+        for line in steps:
+            line |= {name: int(line[name]) for name in ("step", "epoch")}
+        self.history = History(steps, notes["epochs"], notes["clock"], notes["chosen"])
+        self.step, self.elapsed, self.micro = checkpoint.step, notes["elapsed"], notes["micro"]
+        self._say("continuing after step %d of %d", self.step, self.epochs * self.per_epoch)
+        return True
+
+    def _say(self, message: str, *values: object) -> None:
+        if self.accelerator.is_main_process:
+            log.info(message, *values)
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for group in self.groups for parameter in group["params"])
+
+
+def seed_of(seed: int, step: int, rank: int = 0) -> int:
+    """The seed of what is random within one step of one process."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _better(metric: str, found: float, best: float) -> bool:
+    """Whether a score beats the best one; an undefined one, as AUROC of a single class, is beaten by any."""
+    return not isfinite(best) or (found < best if metric in LOWER_IS_BETTER else found > best)
+
+
+def _optimizer(choices: Train, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if choices.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+    kind = torch.optim.AdamW if choices.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=0.0, fused=True)

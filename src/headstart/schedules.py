@@ -1,0 +1,91 @@
+"""Schedules: how fast each layer learns, and when.
+
+Goes in: named parameters and the choices of a recipe. Comes out: the parameter groups of an optimizer, and
+the factor of their learning rates at each moment. Never steps an optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import cos, pi
+from typing import TYPE_CHECKING, Any
+
+from headstart.recipe import Train
+
+if TYPE_CHECKING:
+    from torch.nn import Parameter
+
+# Passes over the training rows, and learning rate of the last layers. Texts have more rows in our examples,
+# and their transformers forget at rates at which convolutions learn; docs/explanation/results.md has figures.
+EPOCHS = {"image": 8, "text": 3}
+LEARNING_RATE = {"image": 1e-3, "text": 1e-4}
+STEP_EPOCHS, STEP_FACTOR = 7, 0.1  # the step schedule of the classic tutorials
+
+
+def layer_of(name: str) -> str:
+    """The layer that a parameter belongs to: its name up to the first number in it, or its first part.
+
+    ``encoder.layer.3.output.dense.weight`` is of ``encoder.layer.3``, ``conv_stem.weight`` of ``conv_stem``.
+    """
+    parts = name.split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[: number + 1])
+
+
+def groups(
+    backbone: Iterable[tuple[str, Parameter]],
+    head: Iterable[tuple[str, Parameter]],
+    choices: Train,
+    rate: float,
+) -> list[dict[str, Any]]:
+    """Parameter groups with their base learning rates: layers by depth, with and without weight decay.
+
+    Layers learn slower the further they are from the head (Howard & Ruder 2018, discriminative fine-tuning):
+    the last at ``rate``, each one before it at ``layer_decay`` of the next. Biases and normalisation, which
+    have one dimension, do not decay.
+
+    Args:
+        backbone: parameters to train, in the order in which the network runs.
+        head: those of the head.
+        choices: ``layer_decay``, ``weight_decay``, ``head_learning_rate``.
+        rate: learning rate of the last layers.
+
+    Returns:
+        Dicts of ``params``, ``lr`` (base), ``weight_decay``, and ``depth``: 0 for the
+        head, 1 for the last layer.
+    """
+    layers: dict[str, list[Parameter]] = {}
+    for name, parameter in backbone:
+        layers.setdefault(layer_of(name), []).append(parameter)
+    found = []
+    for depth, (_, parameters) in enumerate(reversed(layers.items()), start=1):
+        found += _by_decay(parameters, rate * choices.layer_decay ** (depth - 1), choices, depth)
+    parameters = [parameter for _, parameter in head]
+    return _by_decay(parameters, choices.head_learning_rate or rate, choices, 0) + found
+
+
+def _by_decay(parameters: list[Parameter], rate: float, choices: Train, depth: int) -> list[dict[str, Any]]:
+    parts = (
+        ([p for p in parameters if p.ndim > 1], choices.weight_decay),
+        ([p for p in parameters if p.ndim <= 1], 0.0),
+    )
+    return [
+        {"params": part, "lr": rate, "weight_decay": decay, "depth": depth} for part, decay in parts if part
+    ]
+
+
+def factor(choices: Train, progress: float, epoch: int) -> float:
+    """What base learning rates are multiplied by.
+
+    Args:
+        choices: ``schedule`` and ``warmup``.
+        progress: share of the training that is done, counting the step at hand, in (0, 1].
+        epoch: epochs that are done.
+    """
+    rising = min(1.0, progress / choices.warmup) if choices.warmup else 1.0
+    if choices.schedule == "cosine":
+        done = max(0.0, progress - choices.warmup) / (1 - choices.warmup)
+        return rising * (1 + cos(pi * done)) / 2
+    if choices.schedule == "step":
+        return rising * STEP_FACTOR ** (epoch // STEP_EPOCHS)
+    return rising

@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from headstart import augmentation, finetuning, recipe
+from headstart.errors import HeadstartError
+from headstart.features import averaged
+from headstart.recipe import Train
+from tests import examples, tuning
+from tests.conftest import THREADS
+
+ROOT = Path(__file__).parents[1]
+QUICK: dict[str, Any] = {
+    "method": "fine_tune",
+    "batch": 8,
+    "epochs": 2,
+    "precision": "float32",
+    "dropout": 0.2,
+}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tuning.write_weights(tmp_path_factory.mktemp("resnet"))
+
+
+@pytest.fixture(scope="module")
+def efficientnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tuning.write_weights(tmp_path_factory.mktemp("efficientnet"), "timm", "test_efficientnet")
+
+
+def losses(run: finetuning.Tuning) -> list[float]:
+    return [line["loss"] for line in run.history.steps]
+
+
+def process(weights: Path, out: Path, choices: Train, *launcher: str) -> list[str]:
+    out.mkdir(exist_ok=True)
+    program = [*launcher] if launcher else [sys.executable]
+    return [
+        *program,
+        "-m",
+        "tests.tuning",
+        str(weights),
+        str(out),
+        choices.model_dump_json(exclude_unset=True),
+    ]
+
+
+def test_the_tutorials_image_loop_is_reproduced_step_by_step(resnet: Path) -> None:
+    import torchvision
+
+    shipped = recipe.load(ROOT / "recipes/hymenoptera.yaml").train
+    choices = shipped.model_copy(update={"epochs": 10, "precision": "float32"})
+    run = tuning.case(resnet, choices)
+    plain = torchvision.models.resnet18()
+    plain.fc = nn.Linear(512, 2)
+    network = run.classifier.tapped.network
+    plain.load_state_dict(
+        {name: v.clone() for name, v in network.state_dict().items()}
+        | {f"fc.{name}": v.clone() for name, v in run.classifier.linear.state_dict().items()}
+    )
+    run.run()
+
+    # BatchNorm over few pixels magnifies rounding, so the sums have to be taken in one order.
+    plain = plain.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.001, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
+    pack, truth = tuning.pictures()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    found = []
+    plain.train()
+    for epoch in range(10):
+        for rows in pack.order(tuning.TRAIN, 32, np.random.default_rng([0, epoch])):
+            pixels = torch.from_numpy(pack.array[rows])
+            pixels = augmentation.augmented(pixels, shipped.augment, 0, epoch, rows)
+            optimizer.zero_grad()
+            logits = plain((pixels.permute(0, 3, 1, 2) - 255 * mean) / (255 * std))
+            loss = nn.functional.cross_entropy(logits, torch.from_numpy(truth[rows]))
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        scheduler.step()
+    assert len(found) == 20
+    assert losses(run) == pytest.approx(found, abs=1e-5)
+
+
+def test_the_tutorials_text_loop_is_reproduced_step_by_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import BertModel
+
+    from headstart.classifiers import Classifier
+    from headstart.finetuning import Labels, Tuning
+    from headstart.training import soft_targets
+
+    (tmp_path / "recipes").mkdir()
+    examples.write_text_project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    weights, pack, truth = tuning.text_case(tmp_path)
+    choices = recipe.load(ROOT / "recipes/bert.yaml").train.model_copy(update={"precision": "float32"})
+    torch.manual_seed(0)
+    classifier = Classifier(weights, recipe.Features(packed=True), choices, 2)
+    labels = Labels(
+        truth, soft_targets(truth, np.ones(len(truth)), 2), np.ones(len(truth)), list("x" * len(truth))
+    )
+    train, val = np.arange(0, 220), np.arange(220, 240)
+    run = Tuning(classifier, pack, labels, train, val)
+    plain = BertModel.from_pretrained(tmp_path / "inbox/bert", add_pooling_layer=False)
+    linear = nn.Linear(32, 2)
+    linear.load_state_dict(classifier.linear.state_dict())
+    run.run()
+
+    optimizer = torch.optim.Adam([*plain.parameters(), *linear.parameters()], lr=2e-5)
+    drop = nn.Dropout(0.3)
+    found: list[float] = []
+    plain.train()
+    for epoch in range(3):
+        for rows in pack.order(train, choices.batch, np.random.default_rng([0, epoch])):
+            ids, mask = (torch.from_numpy(array) for array in pack.batch(rows))
+            torch.manual_seed(finetuning.seed_of(0, len(found)))  # the same units drop out
+            hidden = plain(input_ids=ids, attention_mask=mask).last_hidden_state
+            pooled = hidden[:, 0] if classifier.tapped.pooling == "cls" else averaged(hidden, mask)
+            loss = nn.functional.cross_entropy(linear(drop(pooled)), torch.from_numpy(truth[rows]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+    assert len(found) >= 20
+    assert losses(run) == pytest.approx(found, abs=1e-5)
+
+
+def test_it_learns_and_keeps_the_best_epoch(efficientnet: Path) -> None:
+    choices = Train(**QUICK | {"epochs": 8, "choose_by": "accuracy", "learning_rate": 0.01})
+    run = tuning.case(efficientnet, choices)
+    history = run.run()
+    accuracies = [line["accuracy"] for line in history.epochs]
+    assert max(accuracies) > 0.8 > accuracies[0]
+    assert history.chosen == int(np.argmax(accuracies))
+    found = run.probabilities(tuning.VAL).argmax(axis=1)
+    assert (found == run.labels.truth[tuning.VAL]).mean() == accuracies[history.chosen]
+
+
+def test_what_is_not_trained_stays_bit_for_bit(efficientnet: Path) -> None:
+    choices = Train(**QUICK | {"freeze": "blocks.1", "epochs": 1})
+    run = tuning.case(efficientnet, choices)
+    before = {name: value.clone() for name, value in run.classifier.state_dict().items()}
+    run.run()
+    moved = {name for name, value in run.classifier.state_dict().items() if not value.equal(before[name])}
+    assert moved == set(run.changing)
+    assert not any("running" in name or "blocks.1." in name or "conv_stem" in name for name in moved)
+    assert any("blocks.2." in name for name in moved)
+
+
+def test_layers_behind_the_last_one_tapped_are_not_trained(efficientnet: Path) -> None:
+    run = tuning.case(efficientnet, Train(**QUICK), layers=["blocks.1", "blocks.2"])
+    assert {name.split(".")[1] for name, _ in run.classifier.trained() if name.startswith("blocks")} == {
+        "0",
+        "1",
+        "2",
+    }
+    assert not any(name.startswith("conv_head") for name, _ in run.classifier.trained())
+
+
+def test_gradual_unfreezing_goes_from_the_last_layer_down(efficientnet: Path) -> None:
+    run = tuning.case(
+        efficientnet, Train(**QUICK | {"gradual": True, "epochs": 1, "ema": None, "choose_by": "last"})
+    )
+    before = {name: value.clone() for name, value in run.changing.items()}
+    run.run()
+    moved = {name for name, value in run.changing.items() if not value.equal(before[name])}
+    last = list(run.classifier.trained())[-1][0]
+    layer = finetuning.schedules.layer_of(last)
+    assert {finetuning.schedules.layer_of(name.removeprefix("tapped.network.")) for name in moved} == {
+        layer,
+        "linear",
+    }
+
+
+def test_the_running_mean_is_what_is_judged_and_kept(efficientnet: Path) -> None:
+    choices = Train(**QUICK | {"epochs": 1, "ema": 0.5, "choose_by": "last", "dropout": 0.0})
+    run = tuning.case(efficientnet, choices)
+    mean = {name: value.clone() for name, value in run.changing.items()}
+    average = run._average
+
+    def shadow() -> None:
+        average()
+        kept = min(0.5, (1 + run.step) / (10 + run.step))
+        for name, value in run.changing.items():
+            mean[name] = kept * mean[name] + (1 - kept) * value
+
+    run._average = shadow  # type: ignore[method-assign]
+    run.run()
+    for name, value in run.changing.items():
+        torch.testing.assert_close(value, mean[name], rtol=1e-5, atol=1e-6)
+
+
+def test_patience_ends_the_run(efficientnet: Path) -> None:
+    run = tuning.case(efficientnet, Train(**QUICK | {"epochs": 30, "patience": 2, "learning_rate": 1e-12}))
+    history = run.run()
+    assert history.epochs[-1]["epoch"] - history.chosen == 2
+
+
+def test_a_budget_ends_the_run_and_its_schedule_with_it(efficientnet: Path) -> None:
+    run = tuning.case(efficientnet, Train(**QUICK | {"epochs": 100_000, "budget": 0.05, "warmup": 0.0}))
+    history = run.run()
+    assert len(history.steps) < 100_000 * run.per_epoch
+    assert history.steps[-1]["learning_rate"] < 0.2 * history.steps[0]["learning_rate"]
+    assert history.epochs[-1]["step"] == len(history.steps)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(
+    efficientnet: Path, tmp_path: Path
+) -> None:
+    choices = Train(**QUICK | {"optimizer": "sgd", "learning_rate": 1e30, "clip": None, "warmup": 0.0})
+    run = tuning.case(efficientnet, choices, work=tmp_path)
+    with pytest.raises(HeadstartError, match="diverged") as caught:
+        run.run()
+    named = (tmp_path / finetuning.BAD_ROWS).read_text().split()
+    step = len(run.history.steps)
+    epoch, place = divmod(step, run.per_epoch)
+    assert named == ["id", *(f"row-{row}" for row in run.order(epoch)[place])]
+    assert finetuning.BAD_ROWS in str(caught.value)
+
+
+def test_what_does_not_fit_into_memory_is_halved_and_the_batch_stays(efficientnet: Path, caplog: Any) -> None:
+    choices = Train(**QUICK | {"dropout": 0.0, "epochs": 1})
+    whole, parts = tuning.case(efficientnet, choices), tuning.case(efficientnet, choices)
+
+    def too_large(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        if module.training and len(given[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    parts.classifier.register_forward_pre_hook(too_large)
+    whole.run()
+    parts.run()
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
+    assert parts.micro == 2
+    assert "2 rows at a time" in caplog.text
+    parts.micro, parts.step = 1, 0
+    parts.classifier.register_forward_pre_hook(lambda module, given: too_large(module, (torch.zeros(3),)))
+    with pytest.raises(HeadstartError, match="does not fit into memory"):
+        parts.run()
+
+
+def test_rows_count_by_their_weight(efficientnet: Path) -> None:
+    run = tuning.case(efficientnet, Train(**QUICK | {"dropout": 0.0}))
+    rows = tuning.TRAIN[:8]
+    run.labels.weights[rows[4:]] = 0
+    half, _ = run._gradients(rows, 0)
+    gradient = run.classifier.linear.weight.grad.clone()  # type: ignore[union-attr]
+    run.optimizer.zero_grad()
+    assert run._gradients(rows[:4], 0)[0] == pytest.approx(half, rel=1e-5)
+    torch.testing.assert_close(run.classifier.linear.weight.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_killed_anywhere_ends_with_the_same_bits(efficientnet: Path, tmp_path: Path) -> None:
+    """Ten kills at random moments of runs that save after every step, each then run to its end."""
+    choices = Train(**QUICK | {"epochs": 4, "mixup": 0.2, "augment": {"horizontal_flip": True}})
+    environment = {**os.environ, **THREADS}
+    undisturbed = tmp_path / "undisturbed"
+    subprocess.run(process(efficientnet, undisturbed, choices), env=environment, cwd=ROOT, check=True)
+    expected = (undisturbed / "done.safetensors").read_bytes()
+    history = (undisturbed / "history.json").read_text()
+    killed, chance = 0, random.Random(0)
+    out = tmp_path / "killed"
+    while killed < 10:
+        command = process(efficientnet, out, choices)
+        kept = out / "kept"
+        latest = max((file.name for file in kept.glob("*.json")), default="")
+        running = subprocess.Popen(command, env=environment, cwd=ROOT)
+        while running.poll() is None and max((f.name for f in kept.glob("*.json")), default="") <= latest:
+            time.sleep(0.005)  # it has not got further yet
+        time.sleep(chance.random() * 0.4)
+        running.kill()
+        running.wait()
+        killed += 1
+        if (out / "done.safetensors").exists():  # it was faster than the kill: compare, and begin anew
+            assert (out / "done.safetensors").read_bytes() == expected
+            out = tmp_path / f"killed-{killed}"
+    subprocess.run(process(efficientnet, out, choices), env=environment, cwd=ROOT, check=True)
+    assert (out / "done.safetensors").read_bytes() == expected
+    assert (out / "history.json").read_text() == history
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_same_steps_as_one(efficientnet: Path, tmp_path: Path) -> None:
+    choices = Train(**QUICK | {"dropout": 0.0, "class_weight": None})
+    environment = {**os.environ, **THREADS}
+    one, two = tmp_path / "one", tmp_path / "two"
+    subprocess.run(process(efficientnet, one, choices), env=environment, cwd=ROOT, check=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    subprocess.run(process(efficientnet, two, choices, *launch), env=environment, cwd=ROOT, check=True)
+    alone, together = (json.loads((out / "history.json").read_text()) for out in (one, two))
+    for key in ("loss", "accuracy", "gradient_norm"):
+        assert [s[key] for s in together["steps"]] == pytest.approx(
+            [s[key] for s in alone["steps"]], abs=1e-4
+        )
+    assert [e["auroc"] for e in together["epochs"]] == pytest.approx(
+        [e["auroc"] for e in alone["epochs"]], abs=1e-3
+    )
