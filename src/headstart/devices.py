@@ -6,6 +6,8 @@ Never moves or runs anything.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 DEVICE = "HEADSTART_DEVICE"
 PROCESSES = "HEADSTART_PROCESSES"
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def device() -> torch.device:
@@ -59,6 +62,19 @@ def processes() -> int:
             f"{wanted!r} is no number of processes", where=PROCESSES, do="set it to 1 or more"
         )
     return int(wanted)
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory that it frees, for the next time.
+
+    Training takes and frees hundreds of MB at each step. glibc would give every large block back to the
+    system, which clears each page anew: a third of a step of EfficientNet-Lite0 on a CPU. Elsewhere nothing
+    happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def name_of(dtype: torch.dtype) -> str:

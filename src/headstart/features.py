@@ -216,7 +216,7 @@ class Extractor:
         self.padding = getattr(getattr(network, "config", None), "pad_token_id", None) or 0
         if self.spec.modality == "image":
             side = side_of(self.spec, options)
-            if _foldable(network, options.layers):
+            if foldable(network, options.layers):
                 with self._options_named():
                     network = precision.folded(network, torch.zeros(1, 3, side, side))
             network = network.to(memory_format=torch.channels_last)
@@ -574,7 +574,7 @@ def _filled(array: NDArray[Any], rows: int) -> NDArray[Any]:
     return np.concatenate([array, np.repeat(array[-1:], short, axis=0)]) if short > 0 else array
 
 
-def _foldable(network: nn.Module, layers: Sequence[str] | None) -> bool:
+def foldable(network: nn.Module, layers: Sequence[str] | None) -> bool:
     """Whether no layer wanted is a convolution or a BatchNorm, or inside of one: those change by folding."""
     folding = [
         f"{name}."

@@ -114,6 +114,7 @@ class Tuning:
         # One process and one device, or as many as `accelerate launch` started.
         self.accelerator = Accelerator(cpu=devices.device().type == "cpu", mixed_precision="no")
         self.device = self.accelerator.device
+        devices.keep_memory()
         self.dtype = precision_of(choices, classifier, self.device)
         modality = classifier.spec.modality
         self.model = self.accelerator.prepare_model(classifier)

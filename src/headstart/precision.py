@@ -118,40 +118,74 @@ def folded(network: nn.Module, example: Tensor) -> nn.Module:
     activation, and nothing is rounded between a convolution and its BatchNorm. Should a convolution feed
     something else too, the outputs no longer agree, and the network is returned as it was.
     """
-    result = copy.deepcopy(network)
-    made: dict[int, tuple[nn.Module, Tensor]] = {}
-    pairs: list[tuple[Any, Any]] = []
-
-    def after(module: nn.Module, given: Any, output: Tensor) -> None:
-        made[id(output)] = (module, output)  # kept, so that no other tensor gets the same id
-
-    def before(module: nn.Module, given: Any) -> None:
-        if id(given[0]) in made:
-            pairs.append((made[id(given[0])][0], module))
-
-    convolutions = [module for module in result.modules() if isinstance(module, nn.Conv2d)]
-    norms = [module for module in result.modules() if isinstance(module, nn.BatchNorm2d)]
-    handles = [module.register_forward_hook(after) for module in convolutions]
-    handles += [module.register_forward_pre_hook(before) for module in norms]
+    found = fold(network, pairs(network, example))
     with torch.inference_mode():
-        result(example)
+        same = torch.allclose(network(example), found(example), rtol=1e-3, atol=1e-4)
+    return found.requires_grad_(False) if same else network
+
+
+def pairs(network: nn.Module, example: Tensor) -> list[tuple[str, str]]:
+    """Names of each convolution and of the BatchNorm that is given its output, seen by running ``example``."""
+    made: dict[int, tuple[str, Tensor]] = {}
+    found: list[tuple[str, str]] = []
+
+    def after(name: str, output: Tensor) -> None:
+        made[id(output)] = (name, output)  # kept, so that no other tensor gets the same id
+
+    def before(name: str, given: Any) -> None:
+        if id(given[0]) in made:
+            found.append((made[id(given[0])][0], name))
+
+    handles = []
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            hook = module.register_forward_hook(lambda m, given, output, name=name: after(name, output))
+            handles.append(hook)
+        elif isinstance(module, nn.BatchNorm2d):
+            handles.append(module.register_forward_pre_hook(lambda m, given, name=name: before(name, given)))
+    with torch.inference_mode():
+        network(example)
     for handle in handles:
         handle.remove()
-    if not pairs:
-        return network
-    names = {module: name for name, module in result.named_modules()}
+    return found
+
+
+def fold(network: nn.Module, named: Sequence[tuple[str, str]]) -> nn.Module:
+    """A copy of the network in which these BatchNorms are multiplied into these convolutions."""
+    result = copy.deepcopy(network)
     with torch.no_grad():
-        for convolution, norm in pairs:
+        for convolution_name, norm_name in named:
+            convolution: Any = result.get_submodule(convolution_name)
+            norm: Any = result.get_submodule(norm_name)
             statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
             convolution.weight, convolution.bias = fuse_conv_bn_weights(
                 convolution.weight, convolution.bias, *statistics
             )
-            parent, _, child = names[norm].rpartition(".")
             # timm's BatchNorm carries its activation with it.
-            setattr(result.get_submodule(parent), child, getattr(norm, "act", None) or nn.Identity())
-    with torch.inference_mode():
-        same = torch.allclose(network(example), result(example), rtol=1e-3, atol=1e-4)
-    return result.requires_grad_(False) if same else network
+            result.set_submodule(norm_name, getattr(norm, "act", None) or nn.Identity())
+    return result
+
+
+def unfolded(
+    state: dict[str, Tensor], network: nn.Module, named: Sequence[tuple[str, str]]
+) -> dict[str, Tensor]:
+    """The weights of a folded network under the names that ``network``, which is not folded, has for them.
+
+    Each BatchNorm adds the bias of its convolution, and does nothing else.
+    """
+    found = {name: state.get(name, value) for name, value in network.state_dict().items()}
+    for convolution_name, norm_name in named:
+        norm: Any = network.get_submodule(norm_name)
+        bias = state[f"{convolution_name}.bias"]
+        if f"{convolution_name}.bias" in found:
+            found[f"{convolution_name}.bias"] = torch.zeros_like(bias)
+        found |= {
+            f"{norm_name}.weight": torch.ones_like(bias),
+            f"{norm_name}.bias": bias,
+            f"{norm_name}.running_mean": torch.zeros_like(bias),
+            f"{norm_name}.running_var": torch.full_like(bias, 1 - norm.eps),
+        }
+    return found
 
 
 def _vectors(network: nn.Module, inputs: Inputs) -> Tensor:
