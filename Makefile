@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-fast lint format bench-features reference lock clean
+.PHONY: help setup demo test test-fast lint format bench-features bench-finetune reference lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,9 @@ format: $(READY) ## apply the style
 
 bench-features: $(READY) ## measure feature extraction against the plain way (after make demo)
 	python benchmarks/features.py
+
+bench-finetune: $(READY) ## measure fine-tuning against plain loops, timm and Trainer (after make demo)
+	python benchmarks/finetune.py
 
 reference: $(READY) ## write the JSON schema and the generated reference pages anew
 	python docs/reference/generate.py

@@ -125,7 +125,7 @@ def folded(network: nn.Module, example: Tensor) -> nn.Module:
 
 
 def pairs(network: nn.Module, example: Tensor) -> list[tuple[str, str]]:
-    """Names of each convolution and of the BatchNorm that is given its output, seen by running ``example``."""
+    """Names of each convolution and of the BatchNorm that gets its output, seen by running ``example``."""
     made: dict[int, tuple[str, Tensor]] = {}
     found: list[tuple[str, str]] = []
 
