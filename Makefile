@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-fast lint format bench-features bench-finetune reference lock clean
+.PHONY: help setup demo test test-fast lint format bench-features bench-finetune bench-few-labels bench-sentiment reference lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -45,6 +45,12 @@ bench-features: $(READY) ## measure feature extraction against the plain way (af
 
 bench-finetune: $(READY) ## measure fine-tuning against plain loops, timm and Trainer (after make demo)
 	python benchmarks/finetune.py
+
+bench-few-labels: $(READY) ## measure quality over the number of labels (after running the -tuned recipes)
+	python benchmarks/few_labels.py
+
+bench-sentiment: $(READY) ## compare sentiment with rules (after both sentiment recipes have run)
+	python benchmarks/sentiment.py
 
 reference: $(READY) ## write the JSON schema and the generated reference pages anew
 	python docs/reference/generate.py

@@ -1,0 +1,117 @@
+"""How many labels it takes: frozen features, fine-tuning, training from scratch, 5 to 250 rows per class.
+
+Run it with `make bench-few-labels`, after both `-tuned` recipes have run. Rows are drawn from the training
+split, as many again from the validation split to choose by, and all are judged on the same rows of the test
+split. Choices are those of the recipes; from scratch means the same network with random weights.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+
+from headstart import backbones, environment, recipe, training
+from headstart.layout import Layout
+from headstart.metrics import scores
+
+ROOT = environment.project_root(Path(__file__).parent)
+RESULTS = Path(__file__).parent / "results"
+SIZES, SEEDS, JUDGED = (5, 10, 25, 50, 100, 250), 3, 500
+SCRATCH = {"head_first": False, "freeze": None, "layer_decay": 1.0, "batch_norm": "updated"}
+
+
+def drawn(examples: training.Examples, split: str, per_class: int, seed: int) -> training.Rows:
+    """So many rows of each class, more of them being a superset of fewer."""
+    chance = np.random.default_rng([seed, len(split)])
+    rows = chance.permutation(examples.rows(split))
+    return np.sort(np.concatenate([rows[examples.truth[rows] == c][:per_class] for c in (0, 1)]))
+
+
+def random_weights(layout: Layout, folder: Path) -> Path:
+    """The same architecture, knowing nothing."""
+    shutil.copytree(layout.weights, folder)
+    torch.manual_seed(0)
+    spec = backbones.Spec.read(folder)
+    if spec.library == "transformers":
+        network = backbones.transformer(folder)
+    else:
+        network = backbones.without_classifier(spec.library, backbones.build(spec.library, spec.architecture))
+    wanted = set(load_file(folder / "weights.safetensors"))
+    state = {k: v.contiguous() for k, v in network.state_dict().items() if k in wanted}
+    save_file(state, folder / "weights.safetensors")
+    return folder
+
+
+def main(name: str) -> None:
+    """Measure one recipe, and write its lines."""
+    chosen, layout = recipe.load(ROOT / "recipes" / f"{name}.yaml"), Layout(ROOT, name)
+    examples = training.load(chosen, layout)
+    test = np.sort(np.random.default_rng(0).permutation(examples.rows("test"))[:JUDGED])
+    lines: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
+        blank = type("Blank", (Layout,), {"weights": random_weights(layout, Path(folder) / "blank")})
+        ways = {
+            "frozen": (changed(chosen, method="feature_extraction"), layout),
+            "fine-tuned": (chosen, layout),
+            "from scratch": (changed(chosen, **SCRATCH), blank(ROOT, name)),
+        }
+        for seed in range(SEEDS):
+            for size in SIZES:
+                train, val = (drawn(examples, split, size, seed) for split in ("train", "val"))
+                for way, (how, where) in ways.items():
+                    fitted = training.fit(changed(how, seed=seed), where, examples, train, val)
+                    found = scores(examples.truth[test], fitted.probabilities(test))
+                    lines.append(
+                        {"way": way, "seed": seed, "rows_per_class": size, "chosen": fitted.chosen, **found}
+                    )
+                    print(
+                        {k: v if isinstance(v, str | int) else round(v, 3) for k, v in lines[-1].items()},
+                        flush=True,
+                    )
+                write(name, pd.DataFrame(lines))
+
+
+def changed(chosen: recipe.Recipe, **train: Any) -> recipe.Recipe:
+    """The recipe with another ``train`` block."""
+    return chosen.model_copy(update={"train": chosen.train.model_copy(update=train)})
+
+
+def write(name: str, lines: pd.DataFrame) -> None:
+    """The mean of the seeds as figures and as a picture."""
+    from matplotlib.figure import Figure
+
+    means = lines.groupby(["way", "rows_per_class"])[["balanced_accuracy", "auroc"]].agg(
+        ["mean", "min", "max"]
+    )
+    RESULTS.mkdir(exist_ok=True)
+    figures = {
+        f"{way}, {size} rows per class, {metric}": round(float(row[metric, "mean"]), 4)
+        for (way, size), row in means.iterrows()
+        for metric in ("balanced_accuracy", "auroc")
+    }
+    (RESULTS / f"few-labels-{name}.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for way, part in means["balanced_accuracy"].groupby(level=0):
+        sizes = part.index.get_level_values(1)
+        axes.plot(sizes, part["mean"], marker="o", label=way)
+        axes.fill_between(sizes, part["min"], part["max"], alpha=0.15)
+    axes.set(xscale="log", xticks=SIZES, xticklabels=SIZES, title=name)
+    axes.set(xlabel="labelled rows per class", ylabel="balanced accuracy on test rows")
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(ROOT / "docs/explanation" / f"few-labels-{name}.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    for each in sys.argv[1:] or ("solar-cells-tuned", "sentiment-tuned"):
+        main(each)
