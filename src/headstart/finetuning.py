@@ -291,11 +291,12 @@ class Tuning:
         if self.choices.ema is None:
             return
         kept = min(self.choices.ema, (1 + self.step) / (10 + self.step))
-        for name, value in self.changing.items():
-            if value.is_floating_point():
-                self.mean[name].lerp_(value, 1 - kept)
-            else:
-                self.mean[name].copy_(value)
+        moving = [name for name, value in self.changing.items() if value.is_floating_point()]
+        torch._foreach_lerp_(
+            [self.mean[name] for name in moving], [self.changing[name] for name in moving], 1 - kept
+        )
+        for name in self.changing.keys() - set(moving):  # counters
+            self.mean[name].copy_(self.changing[name])
 
     def _judge(self, epoch: int) -> None:
         """Measure the weights on the validation rows, and keep them if they are the best so far."""
