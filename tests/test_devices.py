@@ -69,3 +69,30 @@ def test_a_gpu_is_asked_for_real_bfloat16_and_not_for_imitation(
 
 def test_hardware_that_nobody_knows_is_left_with_float32() -> None:
     assert devices.fast_dtypes(torch.device("mps")) == []
+
+
+@pytest.mark.parametrize("wish", ["0", "-1", "two", "1.5", " ", "2 "])
+def test_a_number_of_processes_that_is_none_is_named(wish: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(devices.PROCESSES, wish)
+    with pytest.raises(HeadstartError, match="is no number of processes") as caught:
+        devices.processes()
+    assert repr(wish) in caught.value.what
+    assert caught.value.where == devices.PROCESSES
+
+
+@pytest.mark.parametrize(("wish", "expected"), [("1", 1), ("12", 12)])
+def test_as_many_processes_train_as_are_wished_for(
+    wish: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(devices.PROCESSES, wish)
+    assert devices.processes() == expected
+
+
+@pytest.mark.parametrize(("on", "gpus", "expected"), [("cpu", 4, 1), ("cuda", 4, 4), ("cuda:1", 4, 1)])
+def test_without_a_wish_each_gpu_gets_a_process(
+    on: str, gpus: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(devices.PROCESSES, raising=False)
+    monkeypatch.setattr(devices, "device", lambda: torch.device(on))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert devices.processes() == expected

@@ -47,7 +47,9 @@ def test_every_command_in_the_docs_exists(language: str, body: str) -> None:
             assert match[1] in commands, line
         for target in re.findall(r"^make ([a-z-]+)", line):
             assert target in targets, line
-        for recipe in re.findall(r"recipes/((?:solar-cells|sentiment)(?:-tuned)?|hymenoptera|bert)\.yaml", line):
+        for recipe in re.findall(
+            r"recipes/((?:solar-cells|sentiment)(?:-tuned)?|hymenoptera|bert)\.yaml", line
+        ):
             assert (ROOT / "recipes" / f"{recipe}.yaml").exists()
 
 

@@ -55,6 +55,30 @@ def test_folding_leaves_no_batchnorm_and_the_same_vectors() -> None:
     torch.testing.assert_close(simple(x), network(x), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_unfolding_gives_the_names_of_the_network_and_its_outputs(bias: bool) -> None:
+    network = Network()
+    if bias:
+        for module in network.layers:
+            if isinstance(module, nn.Conv2d):
+                module.bias = nn.Parameter(torch.randn(16), requires_grad=False)
+    for module in network.layers:
+        if isinstance(module, nn.BatchNorm2d):
+            for factors in (module.weight, module.bias):
+                factors.data = torch.randn(16)
+    x = pictures(8, 1)
+    found = precision.pairs(network, x)
+    assert len(found) == 4
+    state = precision.unfolded(precision.fold(network, found).state_dict(), network, found)
+    again = Network()
+    again.layers = copy.deepcopy(network.layers)
+    for value in again.state_dict().values():
+        value.fill_(3)  # all of it has to come from what is unfolded
+    again.load_state_dict(state)
+    assert state.keys() == network.state_dict().keys()
+    torch.testing.assert_close(again(x), network(x), rtol=1e-3, atol=1e-4)
+
+
 def test_a_convolution_that_feeds_something_else_too_is_not_folded() -> None:
     class Both(Network):
         def forward(self, x: Tensor) -> Tensor:

@@ -15,6 +15,14 @@ from headstart.recipe import json_schema, load
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
 GOOD = (ROOT / "recipes/sentiment.yaml").read_text(encoding="utf-8")
+TUNED_TEXTS = (ROOT / "recipes/sentiment-tuned.yaml").read_text(encoding="utf-8")
+TUNED_IMAGES = (ROOT / "recipes/solar-cells-tuned.yaml").read_text(encoding="utf-8")
+
+
+def tuned(key: str, recipe: str) -> str:
+    """A recipe that fine-tunes, with a key more."""
+    assert "method: fine_tune\n" in recipe
+    return recipe.replace("method: fine_tune\n", f"method: fine_tune\n  {key}\n")
 
 
 def mistakes(tmp_path: Path, text: str, name: str = "mine.yaml") -> str:
@@ -68,6 +76,39 @@ def test_all_faults_are_shown_together(tmp_path: Path) -> None:
 def test_splits_that_do_not_sum_to_one_are_refused(tmp_path: Path) -> None:
     text = GOOD.replace("adapter: vader", "adapter: vader\n  splits: {train: 0.9, val: 0.2, test: 0.2}")
     assert "sum to 1.3, not 1" in mistakes(tmp_path, text)
+
+
+def test_keys_of_fine_tuning_are_refused_where_nothing_is_fine_tuned(tmp_path: Path) -> None:
+    train = "method: feature_extraction\n  epochs: 3\n  lora: 4\n  l2: [1.0]"
+    text = mistakes(tmp_path, GOOD.replace("method: feature_extraction", train))
+    assert "train: epochs, lora: only with `method: fine_tune`" in text
+
+
+def test_keys_of_fine_tuning_are_refused_where_no_method_is_named(tmp_path: Path) -> None:
+    text = mistakes(tmp_path, GOOD.replace("method: feature_extraction", "batch: 8"))
+    assert "train: batch: only with `method: fine_tune`" in text
+
+
+def test_fine_tuning_without_packed_rows_says_what_to_write(tmp_path: Path) -> None:
+    text = mistakes(tmp_path, GOOD.replace("feature_extraction", "fine_tune"))
+    assert "needs `features: packed: true`" in text
+
+
+def test_fine_tuning_with_packed_rows_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(tuned("lora: 4", TUNED_TEXTS), encoding="utf-8")
+    assert load(path).train.lora == 4
+
+
+def test_low_rank_additions_are_refused_for_pictures(tmp_path: Path) -> None:
+    text = mistakes(tmp_path, tuned("lora: 4", TUNED_IMAGES))
+    assert "train.lora: needs a backbone of `transformers`" in text
+
+
+@pytest.mark.parametrize("key", ["mixup: 0.2", "augment: {horizontal_flip: true}"])
+def test_what_is_done_to_pictures_is_refused_for_texts(key: str, tmp_path: Path) -> None:
+    text = mistakes(tmp_path, tuned(key, TUNED_TEXTS))
+    assert "train.augment, train.mixup: are for pictures, and these are texts" in text
 
 
 def test_a_malformed_hash_is_refused(tmp_path: Path) -> None:

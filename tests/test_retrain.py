@@ -197,3 +197,55 @@ def test_once_fetched_a_run_needs_no_network(finished: Project) -> None:
     recipe.write_text(recipe.read_text().replace("train: {}", 'train: {"seed": 3}'))
     printed = finished.ok("headstart", "run", "recipes/moods.yaml", extra={"HEADSTART_OFFLINE": "1"})
     assert "train ran" in printed
+
+
+def test_a_fine_tuned_model_is_registered_with_its_history_and_predicts_what_training_predicted(
+    project: Project,
+) -> None:
+    examples.write_text_project(project.root)
+    recipe = project.root / "recipes/moods.yaml"
+    train = '{"method": "fine_tune", "epochs": 1}'
+    features = '{"packed": true, "precision": "float32"}'
+    recipe.write_text(
+        recipe.read_text()
+        .replace("train: {}", f"train: {train}")
+        .replace("features: {}", f"features: {features}")
+    )
+    printed = project.ok("headstart", "run", "recipes/moods.yaml")
+    assert "registered as moods version 1 (candidate)" in printed
+    manifest = pd.read_parquet(project.root / "manifest/moods/manifest.parquet")
+    expected = pd.read_parquet(project.root / "model/moods/predictions.parquet")
+    rows = expected[expected["split"] == "test"].merge(manifest[["id", "text"]], on="id")
+    rows[["text"]].to_parquet(project.root / "rows.parquet")
+    printed = project.ok(
+        "python",
+        "-c",
+        "import json, mlflow, pandas as pd\n"
+        "model = mlflow.pyfunc.load_model('models:/moods@candidate')\n"
+        "model.predict(pd.read_parquet('rows.parquet')).to_parquet('answers.parquet')\n"
+        "client = mlflow.MlflowClient()\n"
+        "run = client.get_model_version_by_alias('moods', 'candidate').run_id\n"
+        "names = sorted(client.get_run(run).data.metrics)\n"
+        "print(json.dumps({name: len(client.get_metric_history(run, name)) for name in names}))",
+        extra={
+            "MLFLOW_TRACKING_URI": f"sqlite:///{project.root}/mlflow.db",
+            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        },
+    )
+    answers = pd.read_parquet(project.root / "answers.parquet")
+    columns = ["p:happy", "p:unhappy"]
+    assert len(rows)
+    assert (answers[columns] - rows[columns]).abs().to_numpy().max() < 1e-5
+    logged = json.loads(printed.splitlines()[-1])
+    steps, epochs = (
+        pd.read_csv(project.root / "model/moods" / f"{name}.csv") for name in ("steps", "epochs")
+    )
+    assert logged["train.step.loss"] == logged["train.step.learning_rate"] == len(steps)
+    assert logged["train.epoch.accuracy"] == len(epochs)
+    assert logged["train.epoch.seconds"] == 1
+
+    before = contents(project.root)
+    printed = project.ok("headstart", "run", "recipes/moods.yaml")
+    assert "moods: nothing changed, nothing done" in printed
+    assert "already registered as moods version 1" in printed
+    assert contents(project.root) == before

@@ -85,7 +85,7 @@ class Classifier(nn.Module):
         for module in network.modules():
             parameters = list(module.parameters())
             if parameters and not any(parameter.requires_grad for parameter in parameters):
-                self.frozen.add(module)
+                self.frozen.update(module.modules())  # dropout has no parameters of its own
         if choices.lora:
             self._adapt(choices.lora)
 
@@ -101,6 +101,9 @@ class Classifier(nn.Module):
             vectors = self.tapped(*((ones.new_zeros(2, side, side, 3).byte(),) if side else (ones, ones)))
         for handle in handles:
             handle.remove()
+        if not side and not self.tapped.layers:  # a pooler runs too, but nobody asks for what it returns
+            network = self.tapped.network
+            reached -= {m for name, m in network.named_modules() if f"{name}.".startswith("pooler.")}
         return reached, vectors.shape[1]
 
     def _last_frozen(self, names: list[str]) -> int:
@@ -128,7 +131,6 @@ class Classifier(nn.Module):
             if isinstance(module, nn.Linear) and module.weight.requires_grad
         ]
         network.requires_grad_(False)
-        self.frozen = set()
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=wanted), network)
 
     def train(self, mode: bool = True) -> Classifier:

@@ -1,7 +1,7 @@
 """Launching: one training in several processes that share its batches.
 
 Goes in: a recipe's path and a number of processes. Comes out: the stage, run by all of them together through
-Accelerate. Never trains by itself.
+torchrun. Never trains by itself.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def train(recipe: Path, processes: int) -> None:
     Raises:
         HeadstartError: the one that a process ended with.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--cpu"] if devices.device().type == "cpu" else ["--multi_gpu"]
+    # Not `accelerate launch`, which starts a single process on a CPU, whatever number it is given.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes)]
     command += ["-m", "headstart.cli", "stage", "train", str(recipe)]
     with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
         told = Path(folder) / "error.json"
@@ -45,6 +45,6 @@ def train(recipe: Path, processes: int) -> None:
     if done.returncode:
         raise HeadstartError(
             f"training in {processes} processes ended with {done.returncode}",
-            where="accelerate launch",
+            where="torchrun",
             do=f"read what it printed above, or set {devices.PROCESSES}=1",
         )

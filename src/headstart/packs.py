@@ -6,6 +6,7 @@ fit for training or for measuring. Never decodes a picture, never tokenises a te
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,6 +48,10 @@ class Pixels:
         ascending = np.argsort(rows)  # a disk is read in one direction
         found = np.empty((len(rows), *self.array.shape[1:]), np.uint8)
         found[ascending] = self.array[rows[ascending]]
+        if isinstance(self.array, np.memmap):
+            # Pages once read would count as this process's memory; the system has them at hand anyway.
+            mapping: mmap.mmap = self.array._mmap  # type: ignore[attr-defined]
+            mapping.madvise(mmap.MADV_DONTNEED)
         return (found,)
 
     def order(self, rows: Rows, batch: int, chance: np.random.Generator) -> list[Rows]:

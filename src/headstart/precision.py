@@ -118,7 +118,10 @@ def folded(network: nn.Module, example: Tensor) -> nn.Module:
     activation, and nothing is rounded between a convolution and its BatchNorm. Should a convolution feed
     something else too, the outputs no longer agree, and the network is returned as it was.
     """
-    found = fold(network, pairs(network, example))
+    named = pairs(network, example)
+    if not named:
+        return network
+    found = fold(network, named)
     with torch.inference_mode():
         same = torch.allclose(network(example), found(example), rtol=1e-3, atol=1e-4)
     return found.requires_grad_(False) if same else network

@@ -1,0 +1,95 @@
+"""Launching: several processes train as one would, and fail with one error."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from headstart import launching
+from tests import examples
+from tests.conftest import Project, clone
+
+pytestmark = pytest.mark.slow
+
+TRAIN: dict[str, Any] = {
+    "method": "fine_tune",
+    "epochs": 1,
+    "batch": 8,
+    "dropout": 0.0,  # each process drops out others
+    "precision": "float32",
+}
+TWO = {"HEADSTART_PROCESSES": "2"}
+
+
+def write_recipe(project: Project, **train: Any) -> None:
+    examples.write_recipe(
+        project.root / "recipes/photos.yaml",
+        ingest={"source": "file:inbox/photos"},
+        validate={"adapter": "image_folder"},
+        fetch={"backbone": "timm:test_efficientnet", "source": "file:inbox/efficientnet.safetensors"},
+        features={"image_size": 64, "packed": True},
+        train=TRAIN | train,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, session_environment: dict[str, str]) -> Project:
+    """An image project that two processes have trained."""
+    project = clone(tmp_path_factory.mktemp("photos") / "project", session_environment)
+    examples.write_image_project(project.root)
+    write_recipe(project)
+    project.ok("headstart", "ingest", "recipes/photos.yaml")
+    project.ok("dvc", "repro", extra=TWO)
+    return project
+
+
+def test_two_processes_write_one_model_with_the_losses_of_one_process(
+    trained: Project, tmp_path: Path
+) -> None:
+    model = trained.root / "model/photos"
+    assert {"backbone", "head.safetensors", "predictions.parquet", "steps.csv"} <= {
+        file.name for file in model.iterdir()
+    }
+    alone = trained.copy(tmp_path / "project")
+    (alone.root / "model/photos/steps.csv").unlink()
+    alone.ok("headstart", "stage", "train", "recipes/photos.yaml", extra={"HEADSTART_PROCESSES": "1"})
+    found, expected = (pd.read_csv(p.root / "model/photos/steps.csv") for p in (trained, alone))
+    assert len(found) == len(expected) > 3
+    assert found["loss"].tolist() == pytest.approx(expected["loss"].tolist(), abs=1e-3)
+    assert found["accuracy"].tolist() == expected["accuracy"].tolist()
+
+
+def test_an_error_inside_the_processes_comes_out_once_and_as_itself(trained: Project, tmp_path: Path) -> None:
+    project = trained.copy(tmp_path / "project")
+    write_recipe(project, learning_rate=1e30, optimizer="sgd", clip=None, warmup=0.0)
+    before = (project.root / "model/photos/model.json").read_bytes()
+    done = project("headstart", "stage", "train", "recipes/photos.yaml", extra=TWO)
+    assert done.returncode == 1
+    assert len(re.findall("^error: ", done.stderr, re.MULTILINE)) == 1
+    message = done.stderr[done.stderr.index("error: ") :]
+    assert message.startswith("error: training has diverged")
+    assert "lower train.learning_rate" in message
+    assert "Traceback" not in message
+    assert len(message.splitlines()) < 40
+    assert (project.root / "model/photos/model.json").read_bytes() == before
+
+
+def test_a_learning_rate_is_suggested_and_plotted(trained: Project, tmp_path: Path) -> None:
+    project = trained.copy(tmp_path / "project")
+    printed = project.ok("headstart", "find-learning-rate", "recipes/photos.yaml", "--steps", "10")
+    last = printed.strip().splitlines()[-1]
+    assert re.fullmatch(r"train\.learning_rate: \d\.\de-\d\d, see \S+\.png", last)
+    assert (project.root / last.split("see ")[1]).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((project.root / "model/photos/model.json").read_text())["method"] == "fine_tune"
+
+
+def test_who_is_launched_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert not launching.launched()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launching.launched()
