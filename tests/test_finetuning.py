@@ -339,6 +339,7 @@ def test_two_processes_take_the_same_steps_as_one(efficientnet: Path, tmp_path: 
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run(process(efficientnet, two, choices, *launch), env=environment, cwd=ROOT, check=True)
     alone, together = (json.loads((out / "history.json").read_text()) for out in (one, two))
+    assert (alone["processes"], together["processes"]) == (1, 2)
     for key in ("loss", "accuracy", "gradient_norm"):
         assert [s[key] for s in together["steps"]] == pytest.approx(
             [s[key] for s in alone["steps"]], abs=1e-4

@@ -99,7 +99,12 @@ def main(weights: Path, out: Path, choices: Train) -> None:
     tuning = case(weights, choices, work=out)
     history = tuning.run()
     if tuning.accelerator.is_main_process:
-        (out / "history.json").write_text(json.dumps({"steps": history.steps, "epochs": history.epochs}))
+        told = {
+            "steps": history.steps,
+            "epochs": history.epochs,
+            "processes": tuning.accelerator.num_processes,
+        }
+        (out / "history.json").write_text(json.dumps(told))
         weights_now = {name: value.contiguous() for name, value in tuning.classifier.state_dict().items()}
         save_file(weights_now, out / "done.partial")
         (out / "done.partial").rename(out / "done.safetensors")
