@@ -196,7 +196,8 @@ def test_low_rank_additions_change_nothing_at_first_and_are_all_that_is_trained(
     assert {name for name in adapted.changing() if "lora_" not in name} == {"linear.weight", "linear.bias"}
     shapes = [p.shape for name, p in adapted.trained() if "lora_A" in name]
     assert {shape[0] for shape in shapes} == {2}
-    linears = [m for m in plain.tapped.network.encoder.modules() if isinstance(m, nn.Linear)]
+    network: Any = plain.tapped.network
+    linears = [m for m in network.encoder.modules() if isinstance(m, nn.Linear)]
     assert len(shapes) == len(linears)
 
 
