@@ -60,15 +60,15 @@ def main(name: str) -> None:
     with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
         blank = type("Blank", (Layout,), {"weights": random_weights(layout, Path(folder) / "blank")})
         ways = {
-            "frozen": (changed(chosen, method="feature_extraction"), layout),
+            "frozen": (chosen.training(method="feature_extraction"), layout),
             "fine-tuned": (chosen, layout),
-            "from scratch": (changed(chosen, **SCRATCH), blank(ROOT, name)),
+            "from scratch": (chosen.training(**SCRATCH), blank(ROOT, name)),
         }
         for seed in range(SEEDS):
             for size in SIZES:
                 train, val = (drawn(examples, split, size, seed) for split in ("train", "val"))
                 for way, (how, where) in ways.items():
-                    fitted = training.fit(changed(how, seed=seed), where, examples, train, val)
+                    fitted = training.fit(how.training(seed=seed), where, examples, train, val)
                     found = scores(examples.truth[test], fitted.probabilities(test))
                     lines.append(
                         {"way": way, "seed": seed, "rows_per_class": size, "chosen": fitted.chosen, **found}
@@ -78,11 +78,6 @@ def main(name: str) -> None:
                         flush=True,
                     )
                 write(name, pd.DataFrame(lines))
-
-
-def changed(chosen: recipe.Recipe, **train: Any) -> recipe.Recipe:
-    """The recipe with another ``train`` block."""
-    return chosen.model_copy(update={"train": chosen.train.model_copy(update=train)})
 
 
 def write(name: str, lines: pd.DataFrame) -> None:

@@ -305,9 +305,9 @@ def trainer_text(chosen: recipes.Recipe, layout: Layout) -> Curve:
 def steps(chosen: recipes.Recipe, layout: Layout, without: str) -> float:
     """Rows per second of our steps, one of the things that make them fast left out."""
     if without == "bfloat16":
-        chosen = changed(chosen, precision="float32")
+        chosen = chosen.training(precision="float32")
     if without == "frozen prefix":
-        chosen = changed(chosen, freeze=None)
+        chosen = chosen.training(freeze=None)
     if without == "folded BatchNorm":
         features.foldable = lambda network, layers: False
     if without == "kept memory":
@@ -375,11 +375,6 @@ def plain_steps(chosen: recipes.Recipe, layout: Layout) -> float:
     return 32 * count / (time.monotonic() - began)
 
 
-def changed(chosen: recipes.Recipe, **train: Any) -> recipes.Recipe:
-    """The recipe with another ``train`` block."""
-    return chosen.model_copy(update={"train": chosen.train.model_copy(update=train)})
-
-
 def resnet(chosen: recipes.Recipe, layout: Layout) -> recipes.Recipe:
     """The recipe of the solar cells with a ResNet-18 of random weights, trained whole."""
     import torchvision
@@ -398,7 +393,7 @@ def resnet(chosen: recipes.Recipe, layout: Layout) -> recipes.Recipe:
             "std": None,
         }
     )
-    chosen = changed(chosen, freeze=None).model_copy(
+    chosen = chosen.training(freeze=None).model_copy(
         update={"fetch": made, "features": chosen.features.model_copy(update={"layers": None})}
     )
     other = Layout(layout.root, "resnet18")

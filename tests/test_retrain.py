@@ -105,23 +105,28 @@ def test_one_recipes_change_leaves_the_other_recipe_alone(finished: Project) -> 
     assert "moods: nothing changed, nothing done" in printed
 
 
-def test_the_registered_model_predicts_what_training_predicted_and_holds_no_pickle(finished: Project) -> None:
-    manifest = pd.read_parquet(finished.root / "manifest/moods/manifest.parquet")
-    expected = pd.read_parquet(finished.root / "model/moods/predictions.parquet")
-    rows = expected.merge(manifest[["id", "text"]], on="id")
-    rows[["text"]].to_parquet(finished.root / "rows.parquet")
-    finished.ok(
+def answers_of_the_candidate(project: Project, rows: pd.DataFrame) -> pd.DataFrame:
+    """What the registered model says of texts, in a process that may not load a pickle."""
+    rows[["text"]].to_parquet(project.root / "rows.parquet")
+    project.ok(
         "python",
         "-c",
         "import mlflow, pandas as pd\n"
         "model = mlflow.pyfunc.load_model('models:/moods@candidate')\n"
         "model.predict(pd.read_parquet('rows.parquet')).to_parquet('answers.parquet')",
         extra={
-            "MLFLOW_TRACKING_URI": f"sqlite:///{finished.root}/mlflow.db",
+            "MLFLOW_TRACKING_URI": f"sqlite:///{project.root}/mlflow.db",
             "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         },
     )
-    answers = pd.read_parquet(finished.root / "answers.parquet")
+    return pd.read_parquet(project.root / "answers.parquet")
+
+
+def test_the_registered_model_predicts_what_training_predicted_and_holds_no_pickle(finished: Project) -> None:
+    manifest = pd.read_parquet(finished.root / "manifest/moods/manifest.parquet")
+    expected = pd.read_parquet(finished.root / "model/moods/predictions.parquet")
+    rows = expected.merge(manifest[["id", "text"]], on="id")
+    answers = answers_of_the_candidate(finished, rows)
     columns = ["p:happy", "p:unhappy"]
     assert (answers[columns] - rows[columns]).abs().to_numpy().max() < 2e-2  # bfloat16 has 8 bits
     sure = (rows["p:happy"] - 0.5).abs() > 2e-2
@@ -216,23 +221,17 @@ def test_a_fine_tuned_model_is_registered_with_its_history_and_predicts_what_tra
     manifest = pd.read_parquet(project.root / "manifest/moods/manifest.parquet")
     expected = pd.read_parquet(project.root / "model/moods/predictions.parquet")
     rows = expected[expected["split"] == "test"].merge(manifest[["id", "text"]], on="id")
-    rows[["text"]].to_parquet(project.root / "rows.parquet")
+    answers = answers_of_the_candidate(project, rows)
     printed = project.ok(
         "python",
         "-c",
-        "import json, mlflow, pandas as pd\n"
-        "model = mlflow.pyfunc.load_model('models:/moods@candidate')\n"
-        "model.predict(pd.read_parquet('rows.parquet')).to_parquet('answers.parquet')\n"
+        "import json, mlflow\n"
         "client = mlflow.MlflowClient()\n"
         "run = client.get_model_version_by_alias('moods', 'candidate').run_id\n"
         "names = sorted(client.get_run(run).data.metrics)\n"
         "print(json.dumps({name: len(client.get_metric_history(run, name)) for name in names}))",
-        extra={
-            "MLFLOW_TRACKING_URI": f"sqlite:///{project.root}/mlflow.db",
-            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-        },
+        extra={"MLFLOW_TRACKING_URI": f"sqlite:///{project.root}/mlflow.db"},
     )
-    answers = pd.read_parquet(project.root / "answers.parquet")
     columns = ["p:happy", "p:unhappy"]
     assert len(rows)
     assert (answers[columns] - rows[columns]).abs().to_numpy().max() < 1e-5

@@ -7,7 +7,7 @@ anything, and knows nothing about the data.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,6 +48,16 @@ class Spec:
             raise _bad("the backbone is missing", path) from None
         except (TypeError, ValueError) as error:
             raise _bad("the backbone's description cannot be read", path, str(error)) from error
+
+    def write(self, weights: Path) -> None:
+        """Write what ``read`` reads."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        (weights / "spec.json").write_text(text, encoding="utf-8")
+
+
+def padding(network: nn.Module) -> int:
+    """Id of the token that fills up what is shorter than its batch; 0 where the network has no opinion."""
+    return getattr(getattr(network, "config", None), "pad_token_id", None) or 0
 
 
 def _bad(what: str, path: Path, *lines: str) -> HeadstartError:

@@ -7,10 +7,9 @@ Never sees a label.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -50,9 +49,8 @@ class Classifier(nn.Module):
         super().__init__()
         network, self.spec = backbones.load(weights)
         self.weights, self.choices = weights, choices
-        self.padding = getattr(getattr(network, "config", None), "pad_token_id", None) or 0
+        self.padding = backbones.padding(network)
         self.folds: list[tuple[str, str]] = []
-        side = 0
         if self.spec.modality == "image":
             network = network.to(memory_format=torch.channels_last)
             side = features.side_of(self.spec, options)
@@ -61,7 +59,7 @@ class Classifier(nn.Module):
                 self.folds = precision.pairs(network, torch.zeros(1, 3, side, side))
                 network = precision.fold(network, self.folds)
         self.tapped = features.Tapped(network, self.spec, options.layers)
-        reached, dim = self._probed(side)
+        reached, dim = self._probed(features.blank_rows(self.spec, options))
         self.dropout = nn.Dropout(choices.dropout)
         self.linear = nn.Linear(dim, classes)
         self.register_buffer("mean", torch.zeros(dim))
@@ -89,19 +87,20 @@ class Classifier(nn.Module):
         if choices.lora:
             self._adapt(choices.lora)
 
-    def _probed(self, side: int) -> tuple[set[nn.Module], int]:
+    def _probed(self, blank: tuple[Tensor, ...]) -> tuple[set[nn.Module], int]:
         """The modules that run until the last layer wanted is reached, and the dimensions of the vectors."""
         reached: set[nn.Module] = set()
         handles = [
             module.register_forward_pre_hook(lambda module, given: reached.add(module))
             for module in self.tapped.network.modules()
         ]
-        ones = torch.ones(2, 2, dtype=torch.int64)
         with torch.inference_mode():
-            vectors = self.tapped(*((ones.new_zeros(2, side, side, 3).byte(),) if side else (ones, ones)))
+            vectors = self.tapped(*blank)
         for handle in handles:
             handle.remove()
-        if not side and not self.tapped.layers:  # a pooler runs too, but nobody asks for what it returns
+        if (
+            self.spec.modality == "text" and not self.tapped.layers
+        ):  # a pooler runs too, but nobody asks for what it returns
             network = self.tapped.network
             reached -= {m for name, m in network.named_modules() if f"{name}.".startswith("pooler.")}
         return reached, vectors.shape[1]
@@ -184,9 +183,7 @@ class Classifier(nn.Module):
         backbone = folder / "backbone"
         shutil.copytree(self.weights, backbone, ignore=shutil.ignore_patterns("weights.safetensors"))
         save_file(state, backbone / "weights.safetensors")
-        spec = replace(self.spec, sha256=sha256_of(backbone / "weights.safetensors"))
-        text = json.dumps(asdict(spec), indent=2, ensure_ascii=False) + "\n"
-        (backbone / "spec.json").write_text(text, encoding="utf-8")
+        replace(self.spec, sha256=sha256_of(backbone / "weights.safetensors")).write(backbone)
         self.head().save(folder / "head.safetensors")
 
     def head(self) -> Head:

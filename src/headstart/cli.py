@@ -85,8 +85,8 @@ def _opened(path: Path) -> tuple[Recipe, Layout]:
 
 def _log_plainly() -> None:
     """Messages alone, for commands without Prefect; with it, Prefect's own format says which task speaks."""
-    quiet = os.environ.get("HEADSTART_QUIET") == "1" or os.environ.get("RANK", "0") != "0"
-    logging.basicConfig(level="WARNING" if quiet else "INFO", format="%(message)s", stream=sys.stdout)
+    level = "WARNING" if environment.quiet() else "INFO"
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
 
 
 @app.command()

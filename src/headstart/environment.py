@@ -26,6 +26,14 @@ QUIET = {
 }
 
 
+def quiet() -> bool:
+    """Whether this process shows no progress and no chatter.
+
+    It was told so, or it is one of several that train together, of which the first speaks for all.
+    """
+    return os.environ.get("HEADSTART_QUIET") == "1" or os.environ.get("RANK", "0") != "0"
+
+
 def project_root(start: Path | None = None) -> Path:
     """The nearest folder at or above ``start`` (by default the working directory) with a dvc.yaml.
 
@@ -51,7 +59,7 @@ def prepare(root: Path) -> None:
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    if os.environ.get("HEADSTART_QUIET") == "1":
+    if quiet():
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
     if str(root) not in sys.path:

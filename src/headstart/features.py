@@ -75,10 +75,7 @@ class Images:
         self.side = side_of(spec, options)
         self.interpolation = spec.preprocessing["interpolation"]
         self.smallest = IMAGES_PER_BATCH.get(on, ON_A_GPU["images"])
-        self.batches = [
-            np.arange(start, min(start + self.smallest, len(items)))
-            for start in range(0, len(items), self.smallest)
-        ]
+        self.batches = packs.cut(np.arange(len(items)), self.smallest)
 
     def read(self, rows: Rows) -> tuple[NDArray[np.uint8]]:
         """Pixels of one batch."""
@@ -213,7 +210,7 @@ class Extractor:
         self.lock = Lock()  # a served model may be asked from several threads; hooks leave tensors on the way
         self.device = devices.device()
         network, self.spec = backbones.load(weights)
-        self.padding = getattr(getattr(network, "config", None), "pad_token_id", None) or 0
+        self.padding = backbones.padding(network)
         if self.spec.modality == "image":
             side = side_of(self.spec, options)
             if foldable(network, options.layers):
@@ -236,13 +233,9 @@ class Extractor:
 
     def _tried(self) -> int:
         """Dimensions of the vectors, from two blank rows: options that do not fit fail at once."""
-        if self.spec.modality == "text":
-            tensors = [torch.ones(2, 2, dtype=torch.int64)] * 2
-        else:
-            side = side_of(self.spec, self.options)
-            tensors = [torch.zeros(2, side, side, 3, dtype=torch.uint8)]
         with self._options_named():
-            _, dim = self.forward(*(tensor.to(self.device) for tensor in tensors)).shape
+            blank = blank_rows(self.spec, self.options)
+            _, dim = self.forward(*(tensor.to(self.device) for tensor in blank)).shape
         return int(dim)
 
     @contextlib.contextmanager
@@ -582,6 +575,14 @@ def foldable(network: nn.Module, layers: Sequence[str] | None) -> bool:
         if isinstance(module, nn.Conv2d | nn.BatchNorm2d)
     ]
     return not any(f"{layer}.".startswith(tuple(folding)) for layer in layers or ())
+
+
+def blank_rows(spec: backbones.Spec, options: Features) -> tuple[Tensor, ...]:
+    """Two rows that say nothing, as a network takes them: they show which layers run, and how wide."""
+    if spec.modality == "text":
+        return (torch.ones(2, 2, dtype=torch.int64),) * 2
+    side = side_of(spec, options)
+    return (torch.zeros(2, side, side, 3, dtype=torch.uint8),)
 
 
 def side_of(spec: backbones.Spec, options: Features) -> int:

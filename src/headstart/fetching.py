@@ -7,7 +7,6 @@ checked. Knows nothing about the data.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import re
@@ -69,8 +68,7 @@ def fetch(recipe: Recipe, layout: Layout) -> None:
             licence=chosen.licence,
             **facts,
         )
-        text = json.dumps(dataclasses.asdict(spec), indent=2, ensure_ascii=False) + "\n"
-        (target / "spec.json").write_text(text, encoding="utf-8")
+        spec.write(target)
 
 
 def _from_tensors(whole: nn.Module, published: State, chosen: Fetch) -> tuple[State, dict[str, Any]]:

@@ -111,7 +111,7 @@ class Tuning:
         self.train_rows, self.val_rows = train, val
         self.choices = choices = classifier.choices
         self.checkpoints, self.work = checkpoints, work
-        # One process and one device, or as many as `accelerate launch` started.
+        # One process and one device, or as many as torchrun started.
         self.accelerator = Accelerator(cpu=devices.device().type == "cpu", mixed_precision="no")
         self.device = self.accelerator.device
         devices.keep_memory()
@@ -155,8 +155,9 @@ class Tuning:
                 line = self.learn(rows, epoch, schedules.factor(self.choices, done, epoch))
                 self.step += 1
                 self.elapsed = before + time.monotonic() - began
+                said = {"loss": f"{line['loss']:.3f}", "accuracy": f"{line['accuracy']:.2f}"}
+                progress.set_postfix(said, refresh=False)  # drawn by update, and not at every step
                 progress.update(len(rows))
-                progress.set_postfix(loss=f"{line['loss']:.3f}", accuracy=f"{line['accuracy']:.2f}")
                 ended = self.step % self.per_epoch == 0 or self._share_of_budget() >= 1
                 if ended:
                     self._judge(epoch + 1)
@@ -197,9 +198,8 @@ class Tuning:
         loss, right = self._gradients(rows, epoch)
         if self.choices.gradual:
             for group in self.groups:
-                if (
-                    group["depth"] > epoch + 1
-                ):  # neither moved nor decayed: an optimizer skips what has no gradient
+                if group["depth"] > epoch + 1:
+                    # Neither moved nor decayed: an optimizer skips what has no gradient.
                     for parameter in group["params"]:
                         parameter.grad = None
         trained = [p for group in self.groups for p in group["params"] if p.grad is not None]

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headstart.environment import quiet
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -37,7 +39,6 @@ def bar(
     """
     from tqdm import tqdm
 
-    others = os.environ.get("RANK", "0") != "0"  # of several processes the first one shows it
     terminal = None
     if sys.stderr.isatty():
         terminal = sys.stderr
@@ -52,7 +53,7 @@ def bar(
         unit=unit,
         unit_scale=unit_scale,
         initial=initial,
-        disable=terminal is None or os.environ.get("HEADSTART_QUIET") == "1" or others,
+        disable=terminal is None or quiet(),
         delay=2,
         leave=False,
     )

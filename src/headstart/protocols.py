@@ -56,10 +56,7 @@ def cross_validate(
         training, held_out = _split(examples, everything, folds, seed, random_folds)[fold]
         inner = _split(examples, training, INNER_FOLDS, seed, random_folds)
         fitted, choosing = inner[0]
-        seeded = recipe.model_copy(
-            update={"train": recipe.train.model_copy(update={"seed": recipe.train.seed + seed})}
-        )
-        model = fit(seeded, layout, examples, fitted, choosing)
+        model = fit(recipe.training(seed=recipe.train.seed + seed), layout, examples, fitted, choosing)
         if model is None:
             continue  # one of several processes; the first of them reports
         found = scores(examples.truth[held_out], model.probabilities(held_out))

@@ -38,9 +38,11 @@ def sweep(tuning: Tuning, low: float = 1e-6, high: float = 1.0, steps: int = 100
     mean, lowest = 0.0, float("inf")
     for step in bar(range(steps), desc="trying learning rates", unit=" steps"):
         epoch, place = divmod(step, tuning.per_epoch)
+        if place == 0:
+            order = tuning.order(epoch)
         rate = low * (high / low) ** (step / max(1, steps - 1))
         try:
-            loss = tuning.learn(tuning.order(epoch)[place], epoch, rate / max(tuning.rates))["loss"]
+            loss = tuning.learn(order[place], epoch, rate / max(tuning.rates))["loss"]
         except HeadstartError:  # no longer a number
             break
         mean = SMOOTHING * mean + (1 - SMOOTHING) * loss

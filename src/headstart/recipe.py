@@ -262,6 +262,10 @@ class Recipe(Block):
         """What the backbone reads."""
         return "text" if self.fetch.backbone.startswith("transformers:") else "image"
 
+    def training(self, **choices: Any) -> Recipe:
+        """The same recipe with other choices in its ``train`` block."""
+        return self.model_copy(update={"train": self.train.model_copy(update=choices)})
+
     @property
     def model_name(self) -> str:
         """Name in the model registry."""

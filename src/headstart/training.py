@@ -230,10 +230,11 @@ def begin(
     from headstart.classifiers import Classifier
     from headstart.finetuning import Labels, Tuning
 
-    _checked(examples, train, val)
     frozen = None
     if recipe.train.head_first:
         frozen = Frozen(examples, *fit_rows(examples, recipe.train, train, val))
+    else:
+        _checked(examples, train, val)
     head = frozen.head if frozen else None
     torch.manual_seed(recipe.train.seed)  # a random head is one that comes again
     classifier = Classifier(layout.weights, recipe.features, recipe.train, len(examples.classes), head)
