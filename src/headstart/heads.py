@@ -20,6 +20,7 @@ Singles = NDArray[np.float32]
 Features = NDArray[np.floating[Any]]
 
 BLOCK_BYTES = 16 << 20  # of float32; large enough for fast products, small enough for any machine
+DEAD = 0.01  # a deviation below this share of the median is noise
 KEEP_BYTES = 1 << 30  # standardised features are kept in memory up to this size, else made anew each pass
 
 
@@ -65,7 +66,7 @@ def fit(features: Features, targets: Floats, weights: Floats, l2: float, start: 
     The weights are scaled to sum to 1, so the loss is a mean and ``l2`` means the same for any number of
     rows (scikit-learn's ``C`` is 1 / (l2 n)). The bias is free. The problem is convex: there is one
     answer, whatever the start. Features are standardised with the weighted mean and deviation, so
-    that a row of weight 2 is exactly two rows; a dimension that never varies is only centred.
+    that a row of weight 2 is exactly two rows; one that hardly varies is divided by the median deviation.
 
     Args:
         features: [n, d], any float type; a float16 memory map is read in blocks and never copied whole
@@ -209,7 +210,10 @@ def _standardised(x: Features, mean: Singles, scale: Singles) -> Singles:
 
 
 def _moments(features: Features, shares: Floats) -> tuple[Singles, Singles]:
-    """Weighted mean and standard deviation of each dimension, [d]; a deviation of 0 becomes 1.
+    """Weighted mean and standard deviation of each dimension, [d]; where that is next to nothing, a common one.
+
+    Divided by next to nothing, a dimension that is dead in these rows would drown all others as soon as it
+    moves: in rows of another domain, or when the backbone is trained. MiniLM has one, 1e-8 times the median.
 
     Two passes, because the difference of squares loses everything where the mean is large.
     """
@@ -220,8 +224,10 @@ def _moments(features: Features, shares: Floats) -> tuple[Singles, Singles]:
         variance += shares[rows] @ np.square(features[rows] - mean)
     deviation = np.sqrt(variance)
     # Rounding leaves a constant dimension a deviation of about 1e-16 of its mean; that is noise, not signal.
-    dead = deviation <= 1e-6 * np.abs(mean)
-    return mean.astype(np.float32), np.where(dead, 1, deviation).astype(np.float32)
+    alive = deviation > 1e-6 * np.maximum(np.abs(mean), deviation.max())
+    common = np.median(deviation[alive]) if alive.any() else 1.0
+    dead = ~alive | (deviation < DEAD * common)
+    return mean.astype(np.float32), np.where(dead, common, deviation).astype(np.float32)
 
 
 def _log_softmax(logits: Floats) -> Floats:
