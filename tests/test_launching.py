@@ -74,9 +74,19 @@ def test_an_error_inside_the_processes_comes_out_once_and_as_itself(trained: Pro
     message = done.stderr[done.stderr.index("error: ") :]
     assert message.startswith("error: training has diverged")
     assert "lower train.learning_rate" in message
-    assert "Traceback" not in message
-    assert len(message.splitlines()) < 40
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) < 40
     assert (project.root / "model/photos/model.json").read_bytes() == before
+
+
+def test_a_process_that_dies_without_a_word_is_named(trained: Project, tmp_path: Path) -> None:
+    project = trained.copy(tmp_path / "project")
+    pixels = project.root / "features/photos/pixels.npy"
+    pixels.write_bytes(pixels.read_bytes()[:200])  # no reader expects that
+    done = project("headstart", "stage", "train", "recipes/photos.yaml", extra=TWO)
+    assert done.returncode == 1
+    assert "error: training in 2 processes ended with 1" in done.stderr
+    assert "where: process" in done.stderr
 
 
 def test_a_learning_rate_is_suggested_and_plotted(trained: Project, tmp_path: Path) -> None:

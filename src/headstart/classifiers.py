@@ -8,9 +8,11 @@ Never sees a label.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,43 @@ class Classifier(nn.Module):
                 self.frozen.update(module.modules())  # dropout has no parameters of its own
         if choices.lora:
             self._adapt(choices.lora)
+        self.known: Tensor | None = None
+        self.prefix = _outermost(network, set(names[: last + 1]), reached)
+        for module in self.prefix:
+            module.forward = partial(self._passed, module.forward)
+
+    def _passed(self, forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        """What a frozen layer does: nothing, if what the last of them makes of the batch is known."""
+        return forward(*given, **named) if self.known is None else self.known
+
+    def splits(self) -> bool:
+        """Whether the frozen layers can be run apart from the others: none before the last is tapped."""
+        names = {module: name for name, module in self.tapped.network.named_modules()}
+        before = tuple(f"{names[module]}." for module in self.prefix[:-1])
+        inside = [f"{names[module]}." for module in self.prefix[-1:]]
+        tapped = [f"{layer}." for layer in self.tapped.layers or ()]
+        return bool(self.prefix) and not any(
+            layer.startswith(before) or (layer.startswith(tuple(inside)) and layer not in inside)
+            for layer in tapped
+        )
+
+    def frozen_output(self, *inputs: Tensor) -> Tensor:
+        """What the last frozen layer makes of a batch."""
+        found: list[Any] = []
+
+        def stop(module: nn.Module, given: Any, output: Any) -> None:
+            found.append(output)
+            raise _Reached
+
+        handle = self.prefix[-1].register_forward_hook(stop, prepend=True)
+        self.eval()
+        try:
+            with torch.no_grad(), suppress(_Reached):
+                self.tapped(*inputs)
+        finally:
+            handle.remove()
+        output: Tensor = found[0]
+        return output
 
     def _probed(self, blank: tuple[Tensor, ...]) -> tuple[set[nn.Module], int]:
         """The modules that run until the last layer wanted is reached, and the dimensions of the vectors."""
@@ -140,8 +179,12 @@ class Classifier(nn.Module):
                 module.training = False
         return self
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Logits of one batch: pixels uint8 or float32 [n, side, side, c]; or ids, mask int64 [n, tokens]."""
+    def forward(self, *inputs: Tensor, known: Tensor | None = None) -> Tensor:
+        """Logits of one batch: pixels uint8 or float32 [n, side, side, c]; or ids, mask int64 [n, tokens].
+
+        With ``known``, what ``frozen_output`` made of the batch, the frozen layers do not run.
+        """
+        self.known = known
         vectors = (self.tapped(*inputs) - self.mean) / self.scale
         logits: Tensor = self.linear(self.dropout(vectors))
         return logits.float()
@@ -190,6 +233,25 @@ class Classifier(nn.Module):
         """The head as it is now."""
         parts = (self.linear.weight, self.linear.bias, self.mean, self.scale)
         return Head(*(part.detach().float().cpu().numpy().copy() for part in parts))
+
+
+class _Reached(Exception):  # noqa: N818  # it is no error
+    """The last frozen layer has run."""
+
+
+def _outermost(
+    module: nn.Module, frozen: set[str], reached: set[nn.Module], inside: str = ""
+) -> list[nn.Module]:
+    """The largest modules of which all that runs is frozen, in the order they run."""
+    found = []
+    for name, child in module.named_children():
+        path = f"{inside}{name}"
+        parts = {f"{path}.{part}".rstrip(".") for part, each in child.named_modules() if each in reached}
+        if parts <= frozen:
+            found += [child] if parts else []
+        else:
+            found += _outermost(child, frozen, reached, f"{path}.")
+    return found
 
 
 def _merge(network: nn.Module) -> None:

@@ -23,7 +23,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from headstart import augmentation, devices, schedules
+from headstart import activations, augmentation, devices, schedules
+from headstart.activations import Activations
 from headstart.errors import HeadstartError
 from headstart.metrics import Floats, Ints, scores
 from headstart.progress import bar
@@ -39,6 +40,7 @@ SECONDS_BETWEEN = 60.0  # checkpoints at least
 SHARE_OF_TIME = 0.05  # that checkpoints may take
 LOWER_IS_BETTER = {"log_loss"}
 BAD_ROWS = "bad_rows.csv"
+ACTIVATIONS = "activations.npy"
 log = logging.getLogger(__name__)
 
 
@@ -132,6 +134,7 @@ class Tuning:
         self.best: dict[str, Tensor] = {name: value.clone() for name, value in self.changing.items()}
         self.history = History()
         self.step, self.elapsed, self.pause = 0, 0.0, SECONDS_BETWEEN
+        self.activations: Activations | None = None
 
     def run(self) -> History:
         """Train to the end, and leave the classifier with the weights of the epoch chosen.
@@ -139,6 +142,40 @@ class Tuning:
         Raises:
             HeadstartError: the loss is not a finite number, or a single row does not fit into memory.
         """
+        self.keep_activations()
+        try:
+            return self._run()
+        finally:
+            if self.activations:
+                self.activations.close()
+                self.activations = None
+
+    def keep_activations(self) -> None:
+        """Run the frozen layers once for all rows, if what they see is the same in every epoch."""
+        alone = self.accelerator.num_processes == 1
+        if not (self.work and alone and self.epochs > 1 and activations.constant(self.choices)):
+            return
+        if not self.classifier.splits():
+            return
+        rows = np.concatenate([self.train_rows, self.val_rows])
+        path = self.work / ACTIVATIONS
+        try:
+            kept = Activations(self.classifier, self.pack, rows, self.dtype, path)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            log.warning("the frozen layers run anew in every epoch: %s", error)
+            return
+        # Not every network is a chain: a layer may look back past the last frozen one.
+        first = self.pack.sweep(rows, SWEEP)[0]
+        self.classifier.eval()
+        with torch.inference_mode():
+            plain = self._logits(first)
+            self.activations = kept
+            if not torch.allclose(plain, self._logits(first), rtol=0.01, atol=0.01):
+                self.activations = None
+                kept.close()
+
+    def _run(self) -> History:
         if not self._resumed():
             self._judge(0)
         total = self.epochs * self.per_epoch
@@ -178,12 +215,17 @@ class Tuning:
             # Each process its share; where a row was not computed there are zeros, and they add up.
             first, count = self.accelerator.process_index, self.accelerator.num_processes
             for batch in self.pack.sweep(rows, SWEEP)[first::count]:
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    logits = self.classifier(*self._inputs(batch))
-                found[place[batch]] = logits.double().softmax(dim=1).cpu()
+                found[place[batch]] = self._logits(batch).double().softmax(dim=1).cpu()
             total: Tensor = self.accelerator.reduce(found.to(self.device), "sum")
         probabilities: Floats = total.cpu().numpy()
         return probabilities
+
+    def _logits(self, rows: Rows) -> Tensor:
+        """float32 [rows, classes], as measured and not as learned from."""
+        inputs, known = self._inputs(rows)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits: Tensor = self.classifier(*inputs, known=known)
+        return logits
 
     def order(self, epoch: int) -> list[Rows]:
         """The training rows in the batches of one epoch, the first of which is 0."""
@@ -254,7 +296,7 @@ class Tuning:
             part = mine[start : start + self.micro]
             last = start + self.micro >= len(mine)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                inputs = self._inputs(part, epoch)
+                inputs, known = self._inputs(part, epoch)
                 targets, weights = (
                     torch.from_numpy(array[part]).to(self.device, torch.float32)
                     for array in (self.labels.targets, self.labels.weights)
@@ -268,7 +310,7 @@ class Tuning:
                     )
                     inputs = (pixels,)
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    logits = self.model(*inputs)
+                    logits = self.model(*inputs, known=known)
                 losses = -(targets * logits.float().log_softmax(dim=1)).sum(dim=1)
                 loss = (weights * losses).sum() / whole * (0 if idle else 1)
                 # Several processes end up with the mean of their gradients, and the sum is wanted.
@@ -279,12 +321,15 @@ class Tuning:
         loss, right = self.accelerator.reduce(sums, "sum").tolist()
         return loss, int(right)
 
-    def _inputs(self, rows: Rows, epoch: int | None = None) -> tuple[Tensor, ...]:
+    def _inputs(self, rows: Rows, epoch: int | None = None) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """What the classifier is given; with an ``epoch``, pictures as they look in it."""
+        if self.activations and self.activations.holds(rows):
+            return self.activations.batch(rows)
         tensors = tuple(torch.from_numpy(array).to(self.device) for array in self.pack.batch(rows))
-        if epoch is None or self.classifier.spec.modality == "text":
-            return tensors
-        return (augmentation.augmented(tensors[0], self.choices.augment, self.choices.seed, epoch, rows),)
+        if epoch is not None and self.classifier.spec.modality == "image":
+            augment, seed = self.choices.augment, self.choices.seed
+            tensors = (augmentation.augmented(tensors[0], augment, seed, epoch, rows),)
+        return tensors, None
 
     def _average(self) -> None:
         """Move the running mean of the weights; early on it forgets faster, to keep up."""

@@ -210,7 +210,7 @@ def _standardised(x: Features, mean: Singles, scale: Singles) -> Singles:
 
 
 def _moments(features: Features, shares: Floats) -> tuple[Singles, Singles]:
-    """Weighted mean and standard deviation of each dimension, [d]; where that is next to nothing, a common one.
+    """Weighted mean and standard deviation of each dimension, [d]; a common one where it is next to nothing.
 
     Divided by next to nothing, a dimension that is dead in these rows would drown all others as soon as it
     moves: in rows of another domain, or when the backbone is trained. MiniLM has one, 1e-8 times the median.

@@ -1,14 +1,14 @@
 """Launching: one training in several processes that share its batches.
 
 Goes in: a recipe's path and a number of processes. Comes out: the stage, run by all of them together through
-torchrun. Never trains by itself.
+torchrun's agent. Never trains by itself.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +16,8 @@ from pathlib import Path
 from headstart import devices
 from headstart.errors import HeadstartError
 from headstart.stages import ERROR_FILE
+
+LAST = 20  # lines of a process's own words that an error quotes
 
 
 def launched() -> bool:
@@ -27,24 +29,51 @@ def train(recipe: Path, processes: int) -> None:
     """Run the stage ``train`` in so many processes of this machine.
 
     Raises:
-        HeadstartError: the one that a process ended with.
+        HeadstartError: the first that a process ended with.
     """
     # Not `accelerate launch`, which starts a single process on a CPU, whatever number it is given.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes)]
-    command += ["-m", "headstart.cli", "stage", "train", str(recipe)]
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # tells all of it again
     with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
         told = Path(folder) / "error.json"
-        told.touch()
+        # The first process speaks to the terminal; of the others, that echo it, the words are kept.
+        others: dict[int, Std] = dict.fromkeys(range(1, processes), Std.ALL)
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id="headstart",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=others),
+        )
         # The cores are shared out: each process of its own accord would take them all.
         threads = str(max(1, (os.cpu_count() or 1) // processes))
         environment = {"OMP_NUM_THREADS": threads} | os.environ | {ERROR_FILE: str(told)}
-        done = subprocess.run(command, env=environment, check=False)
-        if text := told.read_text(encoding="utf-8"):
-            raise HeadstartError(**json.loads(text))
-    if done.returncode:
-        raise HeadstartError(
-            f"training in {processes} processes ended with {done.returncode}",
-            where="torchrun",
-            do=f"read what it printed above, or set {devices.PROCESSES}=1",
-        )
+        command = ["-m", "headstart.cli", "stage", "train", str(recipe)]
+        before = dict(os.environ)
+        os.environ.update(environment)
+        try:
+            elastic_launch(config, sys.executable)(*command)
+        except ChildFailedError as error:
+            if told.exists():
+                raise HeadstartError(**json.loads(told.read_text(encoding="utf-8"))) from None
+            rank, failure = error.get_first_failure()
+            said = [line for log in Path(folder).rglob(f"{rank}/stderr.log") for line in _lines(log)]
+            raise HeadstartError(
+                f"training in {processes} processes ended with {failure.exitcode}",
+                where=f"process {rank}",
+                table=said[-LAST:],
+                do=f"read what is printed above, or set {devices.PROCESSES}=1",
+            ) from None
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def _lines(log: Path) -> list[str]:
+    return log.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -48,10 +48,7 @@ class Pixels:
         ascending = np.argsort(rows)  # a disk is read in one direction
         found = np.empty((len(rows), *self.array.shape[1:]), np.uint8)
         found[ascending] = self.array[rows[ascending]]
-        if isinstance(self.array, np.memmap):
-            # Pages once read would count as this process's memory; the system has them at hand anyway.
-            mapping: mmap.mmap = self.array._mmap  # type: ignore[attr-defined]
-            mapping.madvise(mmap.MADV_DONTNEED)
+        let_go(self.array)
         return (found,)
 
     def order(self, rows: Rows, batch: int, chance: np.random.Generator) -> list[Rows]:
@@ -112,6 +109,16 @@ def load(layout: Layout, modality: str, padding: int) -> Pack:
             where=str(error.filename),
             do=f"write `packed: true` under `features:`, then run `dvc repro features@{layout.recipe}`",
         ) from None
+
+
+def let_go(array: NDArray[Any]) -> None:
+    """Give back the pages of a memory map: they count as this process's memory once they are read.
+
+    The system still has them at hand.
+    """
+    if isinstance(array, np.memmap):
+        mapping: mmap.mmap = array._mmap  # type: ignore[attr-defined]
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def cut(rows: Rows, batch: int) -> list[Rows]:

@@ -44,6 +44,7 @@ def run(stage: str, recipe: Recipe, layout: Layout) -> None:
         turn: Callable[[Recipe, Layout], None] = getattr(importlib.import_module(module), function)
         turn(recipe, layout)
     except HeadstartError as error:
-        if path := os.environ.get(ERROR_FILE):
+        # Of several processes the first to fail is the cause; the others fail because it is gone.
+        if (path := os.environ.get(ERROR_FILE)) and not Path(path).exists():
             Path(path).write_text(json.dumps(error.to_dict()), encoding="utf-8")
         raise

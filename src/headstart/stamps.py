@@ -19,6 +19,7 @@ LIBRARY = Path(__file__).parent
 # Exactly the modules that make the stage `train` stale in dvc.yaml (a test compares the two). Read from
 # sys.modules, the list would depend on what else the process happens to have imported.
 MODULES = (
+    "activations",
     "attention",
     "augmentation",
     "backbones",
