@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from headstart.augmentation import augmented, mixed
+from headstart.augmentation import augmented, mixed, views
 from headstart.recipe import Augment
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -220,6 +220,16 @@ def test_flips_and_turns_are_the_symmetries_allowed_each_as_often(
     counts = Counter(kinds(Augment(**dict.fromkeys(names, True)), rows, channels=channels))
     assert set(counts) == set(allowed)
     assert stats.chisquare(list(counts.values())).pvalue > 0.01
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_views_are_the_first_of_the_eight_symmetries(count: int) -> None:
+    picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    found = [view[0].numpy().tolist() for view in views(torch.from_numpy(picture[None]), count)]
+    by_name = {name: symmetry.tolist() for name, symmetry in symmetries(picture).items()}
+    names = [name for view in found for name, symmetry in by_name.items() if view == symmetry]
+    assert len(found) == len(set(names)) == count
+    assert set(names) == {1: {"turn 0"}, 2: {"turn 0", "mirror, turn 0"}, 8: set(by_name)}[count]
 
 
 def test_pictures_keep_their_places() -> None:

@@ -177,6 +177,27 @@ def test_pictures_have_the_vectors_of_a_plain_forward_pass(tmp_path: Path) -> No
     assert found == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("layers", [None, ["blocks.2", "conv_stem"]])
+def test_views_are_averaged(count: int, layers: list[str] | None, tmp_path: Path) -> None:
+    layout = image_case(tmp_path)
+    options = image_recipe(tmp_path, layers=layers).features
+    for path in pictures(layout):  # of the size wanted: resizing rounds a turned picture otherwise
+        Image.open(path).convert("RGB").resize((SIDE, SIDE)).save(path)
+    pixels = np.stack([np.array(Image.open(path)) for path in pictures(layout)])
+    symmetries = [np.rot90(side, k, (1, 2)) for k in range(4) for side in (pixels, pixels[:, :, ::-1])]
+    alone = extractor(layout, options)
+    vectors = []
+    for number, symmetry in enumerate(symmetries[:count]):
+        paths = [tmp_path / f"{number}-{row}.png" for row in range(len(pixels))]
+        for path, picture in zip(paths, symmetry, strict=True):
+            Image.fromarray(np.ascontiguousarray(picture)).save(path)
+        vectors.append(alone(paths))
+    assert all(np.abs(vectors[0] - other).max() > 1e-3 for other in vectors[1:])
+    found = extractor(layout, options.model_copy(update={"views": count}))(pictures(layout))
+    assert found == pytest.approx(np.mean(vectors, axis=0), abs=1e-3)
+
+
 def test_texts_have_the_vectors_of_a_plain_forward_pass_whatever_is_beside_them(tmp_path: Path) -> None:
     layout = text_case(tmp_path)
     expected = plain_texts(tmp_path, TEXTS)

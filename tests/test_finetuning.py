@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from headstart import augmentation, finetuning, recipe
+from headstart import augmentation, finetuning, packs, recipe
 from headstart.errors import HeadstartError
 from headstart.features import averaged
 from headstart.recipe import Train
@@ -206,6 +206,20 @@ def test_the_running_mean_is_what_is_judged_and_kept(efficientnet: Path) -> None
     run.run()
     for name, value in run.changing.items():
         torch.testing.assert_close(value, mean[name], rtol=1e-5, atol=1e-6)
+
+
+def test_views_count_where_rows_are_judged_and_not_where_they_are_learned_from(efficientnet: Path) -> None:
+    made = Train(method="fine_tune", batch=8, precision="float32", dropout=0.0)
+    one, both = (tuning.case(efficientnet, made, views=views) for views in (1, 2))
+    rows = one.train_rows[:8]
+    assert one.learn(rows, 0, 0.0)["loss"] == both.learn(rows, 0, 0.0)["loss"]
+    mirrored = tuning.case(efficientnet, made)
+    pixels = mirrored.pack.array[:, :, ::-1]  # type: ignore[attr-defined]
+    mirrored.pack = packs.Pixels(np.ascontiguousarray(pixels))
+    logits = [np.log(run.probabilities(rows)) for run in (one, mirrored, both)]
+    margins = [found[:, 1] - found[:, 0] for found in logits]
+    assert np.abs(margins[0] - margins[1]).max() > 1e-3
+    assert margins[2] == pytest.approx((margins[0] + margins[1]) / 2, abs=1e-4)
 
 
 def test_patience_ends_the_run(efficientnet: Path) -> None:

@@ -130,3 +130,10 @@ def test_a_name_that_mlflow_or_dvc_would_choke_on_is_refused(tmp_path: Path) -> 
 def test_a_missing_recipe_names_the_nearest_one() -> None:
     with pytest.raises(HeadstartError, match="did you mean 'sentiment'"):
         load(ROOT / "recipes/sentimnt.yaml")
+
+
+def test_texts_have_one_view(tmp_path: Path) -> None:
+    text = mistakes(
+        tmp_path, tuned("batch: 8", TUNED_TEXTS).replace("packed: true", "packed: true\n  views: 2")
+    )
+    assert "features.views: is for pictures, and these are texts" in text

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -66,12 +66,17 @@ def pictures() -> tuple[packs.Pixels, np.ndarray[Any, np.dtype[np.int64]]]:
 
 
 def case(
-    weights: Path, choices: Train, *, work: Path | None = None, layers: list[str] | None = None
+    weights: Path,
+    choices: Train,
+    *,
+    work: Path | None = None,
+    layers: list[str] | None = None,
+    views: Literal[1, 2, 8] = 1,
 ) -> Tuning:
     """A run that has not begun."""
     pack, truth = pictures()
     torch.manual_seed(0)
-    classifier = Classifier(weights, Features(packed=True, layers=layers), choices, 2)
+    classifier = Classifier(weights, Features(packed=True, layers=layers, views=views), choices, 2)
     labels = Labels(
         truth, soft_targets(truth, np.ones(ROWS), 2), np.ones(ROWS), [f"row-{i}" for i in range(ROWS)]
     )

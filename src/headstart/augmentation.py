@@ -7,6 +7,7 @@ that it is in, nor the process that asks, nor what was asked before makes a diff
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import log, prod
 
 import numpy as np
@@ -52,6 +53,14 @@ def augmented(pixels: Tensor, options: Augment, seed: int, epoch: int, rows: NDA
         values = torch.addcmul(mean * (1 - factors[1]) * factors[0], values, factors[1] * factors[0])
         pixels = values.round_().clamp_(0, 255).to(torch.uint8)
     return pixels
+
+
+def views(pixels: Tensor, count: int) -> Iterator[Tensor]:
+    """The pictures [n, side, side, c] as they are, mirrored if ``count`` is 2, and turned too if it is 8."""
+    for turns in range(count // 2 or 1):
+        for mirrored in (False, True)[:count]:
+            view = pixels.flip(2) if mirrored else pixels
+            yield torch.rot90(view, turns, (1, 2)) if turns else view
 
 
 def mixed(  # noqa: PLR0917  # a batch has three parts

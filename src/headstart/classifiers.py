@@ -60,7 +60,7 @@ class Classifier(nn.Module):
                 # Frozen, it is a multiplication that the convolution before it can do: a fifth of a step.
                 self.folds = precision.pairs(network, torch.zeros(1, 3, side, side))
                 network = precision.fold(network, self.folds)
-        self.tapped = features.Tapped(network, self.spec, options.layers)
+        self.tapped = features.Tapped(network, self.spec, options.layers, options.views)
         reached, dim = self._probed(features.blank_rows(self.spec, options))
         self.dropout = nn.Dropout(choices.dropout)
         self.linear = nn.Linear(dim, classes)
@@ -98,14 +98,18 @@ class Classifier(nn.Module):
         return forward(*given, **named) if self.known is None else self.known
 
     def splits(self) -> bool:
-        """Whether the frozen layers can be run apart from the others: none before the last is tapped."""
+        """Whether the frozen layers can run apart from the others: once, none but the last tapped."""
         names = {module: name for name, module in self.tapped.network.named_modules()}
         before = tuple(f"{names[module]}." for module in self.prefix[:-1])
         inside = [f"{names[module]}." for module in self.prefix[-1:]]
         tapped = [f"{layer}." for layer in self.tapped.layers or ()]
-        return bool(self.prefix) and not any(
-            layer.startswith(before) or (layer.startswith(tuple(inside)) and layer not in inside)
-            for layer in tapped
+        return (
+            bool(self.prefix)
+            and self.tapped.views == 1
+            and not any(
+                layer.startswith(before) or (layer.startswith(tuple(inside)) and layer not in inside)
+                for layer in tapped
+            )
         )
 
     def frozen_output(self, *inputs: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ import torch._inductor.config
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from headstart import backbones, devices, images, packs, precision, texts
+from headstart import augmentation, backbones, devices, images, packs, precision, texts
 from headstart.errors import HeadstartError
 from headstart.layout import Layout, sha256_of, unwritable_named, written_whole
 from headstart.packs import Pack, Sentences
@@ -132,15 +132,18 @@ class Tapped(nn.Module):
     """A backbone behind its own preprocessing, that returns float32 [n, dim] of the layers wanted.
 
     Images come in as uint8 or float32 [n, side, side, 3], 0 to 255, or [n, side, side, 1] if they are grey;
-    texts as ids and mask, int64 [n, tokens] each.
+    texts as ids and mask, int64 [n, tokens] each. Except in training mode, images are looked at in several
+    ways if ``views`` says so.
 
     Raises:
         HeadstartError: a layer that the network does not have.
     """
 
-    def __init__(self, network: nn.Module, spec: backbones.Spec, layers: Sequence[str] | None) -> None:
+    def __init__(
+        self, network: nn.Module, spec: backbones.Spec, layers: Sequence[str] | None, views: int = 1
+    ) -> None:
         super().__init__()
-        self.network, self.layers = network, layers
+        self.network, self.layers, self.views = network, layers, views
         self.pooling = spec.preprocessing.get("pooling")
         # Numbers and not buffers, so that no conversion of the network rounds them.
         self.mean, self.std = spec.preprocessing.get("mean"), spec.preprocessing.get("std")
@@ -167,6 +170,12 @@ class Tapped(nn.Module):
 
     def forward(self, first: Tensor, mask: Tensor | None = None) -> Tensor:
         """Vectors of one batch."""
+        if self.views == 1 or self.training:
+            return self._seen(first, mask)
+        parts = [self._seen(view, mask) for view in augmentation.views(first, self.views)]
+        return torch.stack(parts).mean(dim=0)
+
+    def _seen(self, first: Tensor, mask: Tensor | None) -> Tensor:
         if self.layers is None:
             return self._pooled(first, mask).float()
         self.mask = mask
@@ -217,7 +226,7 @@ class Extractor:
                 with self._options_named():
                     network = precision.folded(network, torch.zeros(1, 3, side, side))
             network = network.to(memory_format=torch.channels_last)
-        tapped = Tapped(network, self.spec, options.layers)
+        tapped = Tapped(network, self.spec, options.layers, options.views).eval()
         self.network = precision.converted(tapped, arithmetic).to(self.device)
         self.compiled = None
         self.dim = self._tried()
@@ -459,7 +468,17 @@ def _digest(extractor: Extractor, key: dict[str, Any]) -> str:
     library = Path(__file__).parent
     files = [
         library / f"{name}.py"
-        for name in ("attention", "backbones", "devices", "features", "images", "packs", "precision", "texts")
+        for name in (
+            "attention",
+            "augmentation",
+            "backbones",
+            "devices",
+            "features",
+            "images",
+            "packs",
+            "precision",
+            "texts",
+        )
     ]
     files += sorted(extractor.weights.glob("*.json"))  # spec.json holds the digest of the weights
     content = [sha256_of(file) for file in files]

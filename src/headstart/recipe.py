@@ -123,6 +123,9 @@ class Features(Block):
     float32 on a sample of the rows."""
     compile: bool | None = None
     """Use torch.compile; by default only when there are rows enough to repay its start-up."""
+    views: Literal[1, 2, 8] = 1
+    """Average the vectors of a picture over so many views of it, in training's validation and in serving as
+    well: as it is; mirrored left and right, too; in all quarter turns of both, too."""
     packed: bool = False
     """Keep the decoded pixels or the tokens too, which ``fine_tune`` reads again and again."""
 
@@ -248,6 +251,8 @@ class Recipe(Block):
             raise ValueError("features.packed: `train: method: fine_tune` needs `features: packed: true`")
         if self.train.lora and self.modality == "image":
             raise ValueError("train.lora: needs a backbone of `transformers`")
+        if self.modality == "text" and self.features.views > 1:
+            raise ValueError("features.views: is for pictures, and these are texts")
         if self.modality == "text" and (self.train.mixup or self.train.augment != Augment()):
             raise ValueError("train.augment, train.mixup: are for pictures, and these are texts")
         return self
