@@ -120,7 +120,8 @@ def test_sentences_keep_their_tokens_apart(
     monkeypatch.chdir(tmp_path)
     weights, pack, truth = tuning.text_case(tmp_path)
     n = len(truth)
-    labels = Labels(truth, soft_targets(truth, np.ones(n), 2), np.ones(n), [str(i) for i in range(n)])
+    names = [str(i) for i in range(n)]
+    labels = Labels(truth, soft_targets(truth, np.ones(n), 2), np.ones(n), names, names)
 
     def run(work: Path | None) -> Tuning:
         torch.manual_seed(0)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from headstart.metrics import METRICS, cross_entropy, intervals, scores
+from headstart.metrics import METRICS, cross_entropy, gains, intervals, scores
 
 
 def predictions(n: int, k: int, seed: int = 0, skill: float = 1.0) -> tuple[Any, Any]:
@@ -177,3 +177,26 @@ def test_a_thousand_resamples_of_five_thousand_rows_take_seconds_at_most() -> No
 def test_input_that_makes_no_sense_is_refused(truth: list[int], p: Any) -> None:
     with pytest.raises(ValueError, match=r"probabilities|columns"):
         scores(np.array(truth, dtype=int), p)
+
+
+def test_gains_are_differences_on_the_same_resamples() -> None:
+    chance = np.random.default_rng(0)
+    truth = chance.integers(0, 2, 400)
+    groups = np.repeat(np.arange(40), 10)
+    noisy = np.clip(truth + chance.normal(0, 0.6, 400), 0.01, 0.99)
+    one = np.column_stack([1 - noisy, noisy])
+    other = one.copy()
+    other[:40] = other[:40, ::-1]  # four groups of forty, turned upside down
+    same = gains(truth, one, one, groups, resamples=50)
+    assert all((values == 0).all() for values in same.values())
+    found = gains(truth, one, other, groups, resamples=2000)
+    for metric in ("accuracy", "auroc"):
+        exact = scores(truth, one)[metric] - scores(truth, other)[metric]
+        assert found[metric].mean() == pytest.approx(exact, abs=0.01)
+    # The gain in accuracy is that of a group, (right - wrong) / 400, summed over 40 groups drawn with
+    # replacement: its standard error is that of a mean of 40 values.
+    hits = one.argmax(axis=1) == truth
+    each = np.array([2 * hits[groups == g].mean() - 1 if g < 4 else 0 for g in range(40)])
+    assert found["accuracy"].std() == pytest.approx(each.std() / np.sqrt(40), rel=0.1)
+    reverse = gains(truth, other, one, groups, resamples=2000)
+    assert reverse["auroc"] == pytest.approx(-found["auroc"])

@@ -78,7 +78,11 @@ def case(
     torch.manual_seed(0)
     classifier = Classifier(weights, Features(packed=True, layers=layers, views=views), choices, 2)
     labels = Labels(
-        truth, soft_targets(truth, np.ones(ROWS), 2), np.ones(ROWS), [f"row-{i}" for i in range(ROWS)]
+        truth,
+        soft_targets(truth, np.ones(ROWS), 2),
+        np.ones(ROWS),
+        [f"row-{i}" for i in range(ROWS)],
+        [f"group-{i // 2}" for i in range(ROWS)],
     )
     checkpoints = Checkpoints(work / "kept") if work else None
     return Tuning(classifier, pack, labels, TRAIN, VAL, checkpoints=checkpoints, work=work)

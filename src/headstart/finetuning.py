@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from headstart import activations, augmentation, devices, schedules
 from headstart.activations import Activations
 from headstart.errors import HeadstartError
-from headstart.metrics import Floats, Ints, scores
+from headstart.metrics import Floats, Ints, gains, scores
 from headstart.progress import bar
 from headstart.recipe import Train
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 SWEEP = 64  # rows at a time where nothing is learned
 SECONDS_BETWEEN = 60.0  # checkpoints at least
+RESAMPLES, SURE = 200, 0.95  # of the validation groups, and the share of them that a better epoch wins
 SHARE_OF_TIME = 0.05  # that checkpoints may take
 LOWER_IS_BETTER = {"log_loss"}
 BAD_ROWS = "bad_rows.csv"
@@ -52,6 +53,7 @@ class Labels:
     targets: Floats  # [n, classes], each row a distribution
     weights: Floats  # [n]
     ids: Sequence[str]  # [n]
+    groups: Sequence[str]  # [n]
 
 
 @dataclass
@@ -202,6 +204,7 @@ class Tuning:
                 if ended or time.monotonic() - saved > self.pause:
                     self._save()
                     saved = time.monotonic()
+        self._settle()
         self._load(self.best)
         return self.history
 
@@ -357,6 +360,29 @@ class Tuning:
             self.history.chosen = epoch
             self.best = {name: value.clone() for name, value in judged.items()}
         self._say("epoch %d: %s", epoch, ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
+
+    def _settle(self) -> None:
+        """Keep the last epoch after all, unless the one chosen is surely better.
+
+        A few groups of validation rows choose badly among epochs that are much alike. In the last one the
+        rates have come down, and it is the same however the validation rows were drawn.
+        """
+        wanted, last = self.choices.choose_by, self.history.epochs[-1]["epoch"]
+        if wanted == "last" or self.history.chosen == last or self.choices.patience:
+            return
+        judged = {name: value.clone() for name, value in (self.mean or self.changing).items()}
+        said = []
+        for weights in (self.best, judged):
+            self._load(weights)
+            said.append(self.probabilities(self.val_rows))
+        groups = np.asarray(self.labels.groups)[self.val_rows]
+        gained = gains(self.labels.truth[self.val_rows], *said, groups, resamples=RESAMPLES)[wanted]
+        better = float(np.mean(gained < 0 if wanted in LOWER_IS_BETTER else gained > 0))
+        if better < SURE:
+            self._say(
+                "epoch %d is better than %d in %.0f%% of resamples", self.history.chosen, last, 100 * better
+            )
+            self.history.chosen, self.best = last, judged
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():

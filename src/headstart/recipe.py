@@ -168,7 +168,8 @@ class Train(Block):
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many epochs without a better one."""
     choose_by: Literal["log_loss", "accuracy", "balanced_accuracy", "macro_f1", "auroc", "last"] = "auroc"
-    """What the epoch that is kept is best at, on the validation rows; ``last`` keeps the last one."""
+    """What an earlier epoch than the last must surely be better at, on the validation rows, to be kept
+    instead; ``last`` keeps the last one in any case."""
     batch: int = Field(default=32, ge=1)
     """Rows per step, over all processes together."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"

@@ -246,7 +246,13 @@ def begin(
     tuning = Tuning(
         classifier,
         packs.load(layout, recipe.modality, classifier.padding),
-        Labels(examples.truth, targets, weights, examples.manifest["id"].tolist()),
+        Labels(
+            examples.truth,
+            targets,
+            weights,
+            examples.manifest["id"].tolist(),
+            examples.manifest["group"].tolist(),
+        ),
         train,
         val,
         checkpoints=Checkpoints(work / key) if key is not None else None,
