@@ -371,16 +371,17 @@ class Tuning:
         if wanted == "last" or self.history.chosen == last or self.choices.patience:
             return
         judged = {name: value.clone() for name, value in (self.mean or self.changing).items()}
-        said = []
-        for weights in (self.best, judged):
-            self._load(weights)
-            said.append(self.probabilities(self.val_rows))
-        groups = np.asarray(self.labels.groups)[self.val_rows]
-        gained = gains(self.labels.truth[self.val_rows], *said, groups, resamples=RESAMPLES)[wanted]
-        better = float(np.mean(gained < 0 if wanted in LOWER_IS_BETTER else gained > 0))
-        if better < SURE:
+        self._load(self.best)
+        chosen = self.probabilities(self.val_rows)
+        self._load(judged)
+        final = self.probabilities(self.val_rows)
+        truth, groups = self.labels.truth[self.val_rows], np.asarray(self.labels.groups)[self.val_rows]
+        gained = gains(truth, chosen, final, groups, resamples=RESAMPLES)[wanted]
+        won = gained < 0 if wanted in LOWER_IS_BETTER else gained > 0
+        share = float(won.mean())
+        if share < SURE:
             self._say(
-                "epoch %d is better than %d in %.0f%% of resamples", self.history.chosen, last, 100 * better
+                "epoch %d is better than %d in %.0f%% of resamples", self.history.chosen, last, 100 * share
             )
             self.history.chosen, self.best = last, judged
 
