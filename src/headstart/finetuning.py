@@ -367,7 +367,7 @@ class Tuning:
         A few groups of validation rows choose badly among epochs that are much alike. In the last one the
         rates have come down, and it is the same however the validation rows were drawn.
         """
-        wanted, last = self.choices.choose_by, self.history.epochs[-1]["epoch"]
+        wanted, last = self.choices.choose_by, int(self.history.epochs[-1]["epoch"])
         if wanted == "last" or self.history.chosen == last or self.choices.patience:
             return
         judged = {name: value.clone() for name, value in (self.mean or self.changing).items()}
