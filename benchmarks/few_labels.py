@@ -2,7 +2,7 @@
 
 Run it with `make bench-few-labels`, after both `-tuned` recipes have run. Rows are drawn from the training
 split, as many again from the validation split to choose by, and all are judged on the same rows of the test
-split. Choices are those of the recipes; from scratch means the same network with random weights.
+split. Choices are those of the recipes; from scratch means the same network with random weights, ten epochs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from headstart.metrics import scores
 ROOT = environment.project_root(Path(__file__).parent)
 RESULTS = Path(__file__).parent / "results"
 SIZES, SEEDS, JUDGED = (5, 10, 25, 50, 100, 250), 3, 500
-SCRATCH = {"head_first": False, "freeze": None, "layer_decay": 1.0, "batch_norm": "updated"}
+SCRATCH = {"head_first": False, "freeze": None, "layer_decay": 1.0, "batch_norm": "updated", "epochs": 10}
 
 
 def drawn(examples: training.Examples, split: str, per_class: int, seed: int) -> training.Rows:

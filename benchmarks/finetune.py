@@ -302,8 +302,10 @@ def trainer_text(chosen: recipes.Recipe, layout: Layout) -> Curve:
     return watch.curve
 
 
-def steps(chosen: recipes.Recipe, layout: Layout, without: str) -> float:
-    """Rows per second of our steps, one of the things that make them fast left out."""
+def slowed(chosen: recipes.Recipe, kind: str, without: str) -> recipes.Recipe:
+    """The recipe with what it can leave out left out; what is no choice of a recipe is put aside here."""
+    if "frozen" in kind:
+        chosen = chosen.training(freeze="layer3", augment=recipes.Augment())
     if without == "bfloat16":
         chosen = chosen.training(precision="float32")
     if without == "frozen prefix":
@@ -322,6 +324,12 @@ def steps(chosen: recipes.Recipe, layout: Layout, without: str) -> float:
             return optimizer
 
         finetuning._optimizer = slower
+    return chosen
+
+
+def steps(chosen: recipes.Recipe, layout: Layout, kind: str, without: str) -> float:
+    """Rows per second of our steps, one of the things that make them fast left out."""
+    chosen = slowed(chosen, kind, without)
     if not (layout.features / "features.npy").exists():
         features.features(chosen, layout)
     examples = training.load(chosen, layout)
@@ -337,12 +345,16 @@ def steps(chosen: recipes.Recipe, layout: Layout, without: str) -> float:
         read = features.Extractor(layout.weights, chosen.features, features.Arithmetic()).reader
         files = read([layout.raw / path for path in examples.manifest["path"]])
         object.__setattr__(tuning, "pack", Decoding(tuning.pack, files))
+    if without != "kept activations":
+        tuning.keep_activations()
+    if without == COMPILED:
+        tuning.model = torch.compile(tuning.model, dynamic=chosen.modality == "text")
     batches = tuning.order(0)
-    for rows in batches[:2]:
+    for rows in batches[:4]:
         tuning.learn(rows, 0, 1.0)
     began, count = time.monotonic(), 0
     while time.monotonic() - began < 8:
-        rows = batches[(2 + count) % len(batches)]
+        rows = batches[(4 + count) % len(batches)]
         tuning.learn(rows, 0, 1.0)
         count += 1
     return count * chosen.train.batch / (time.monotonic() - began)
@@ -405,6 +417,7 @@ def resnet(chosen: recipes.Recipe, layout: Layout) -> recipes.Recipe:
     return chosen
 
 
+COMPILED = "nothing, and with torch.compile"
 ABLATIONS = {
     "ResNet-18": [
         "",
@@ -414,7 +427,9 @@ ABLATIONS = {
         "kept memory",
         "fused optimizer",
         "packed pixels",
+        COMPILED,
     ],
+    "ResNet-18 frozen up to layer3": ["", "kept activations"],
     "EfficientNet-Lite0": [
         "",
         "frozen prefix",
@@ -422,8 +437,9 @@ ABLATIONS = {
         "channels last",
         "kept memory",
         "fused optimizer",
+        COMPILED,
     ],
-    "MiniLM": ["", "bfloat16", "texts of one length", "kept memory", "fused optimizer"],
+    "MiniLM": ["", "bfloat16", "texts of one length", "kept memory", "fused optimizer", COMPILED],
 }
 
 
@@ -431,7 +447,7 @@ def measure(way: str, folder: Path) -> Any:
     """One measurement, in a process of its own."""
     torch.manual_seed(0)
     kind, _, rest = way.partition("/")
-    image = kind in {"image", "resnet", "ResNet-18", "EfficientNet-Lite0"}
+    image = kind in {"image", "resnet", "EfficientNet-Lite0"} or kind.startswith("ResNet-18")
     name = "solar-cells-tuned" if image else "sentiment-tuned"
     place = folder / ("image" if image else "many" if kind == "many" else "text")
     sizes = (PICTURES, PICTURES) if image else (MANY_SENTENCES if kind == "many" else SENTENCES, 1_000)
@@ -446,10 +462,10 @@ def measure(way: str, folder: Path) -> Any:
             "trainer": trainer_text,
         }
         return ways[rest](chosen, layout)
-    if kind in {"resnet", "ResNet-18"}:
+    if kind == "resnet" or kind.startswith("ResNet-18"):
         chosen = resnet(chosen, layout)
         layout = Layout(place, "resnet18")
-    return plain_steps(chosen, layout) if rest == "plain" else steps(chosen, layout, rest)
+    return plain_steps(chosen, layout) if rest == "plain" else steps(chosen, layout, kind, rest)
 
 
 def reached(curve: Curve, accuracy: float) -> float:

@@ -64,7 +64,7 @@ class History:
         default_factory=list
     )  # step, epoch, loss, accuracy, learning_rate, ...
     epochs: list[dict[str, float]] = field(default_factory=list)  # epoch, step, and the validation scores
-    clock: list[dict[str, float]] = field(default_factory=list)  # epoch, seconds, rows_per_second, memory_gib
+    clock: list[dict[str, float]] = field(default_factory=list)  # epoch, seconds, rows_per_second, ...
     chosen: int = 0  # the epoch that is kept; 0 is before the first
 
 
@@ -128,7 +128,7 @@ class Tuning:
         )
         self.rates = [group["lr"] for group in self.groups]
         self.optimizer = _optimizer(choices, self.groups)
-        self.epochs = choices.epochs or schedules.EPOCHS[modality]
+        self.epochs = choices.epochs
         self.per_epoch = ceil(len(train) / choices.batch)
         self.micro = choices.batch  # rows that a process computes at a time
         self.changing = classifier.changing()
@@ -188,7 +188,8 @@ class Tuning:
             while self.step < total and self._share_of_budget() < 1 and not self._patience_lost():
                 epoch, place = divmod(self.step, self.per_epoch)
                 if epoch != ordered:
-                    order, ordered, epoch_began = self.order(epoch), epoch, time.monotonic()
+                    order, ordered = self.order(epoch), epoch
+                    epoch_began = time.monotonic(), time.process_time()
                 rows = order[place]
                 done = max((self.step + 1) / total, self._share_of_budget())
                 line = self.learn(rows, epoch, schedules.factor(self.choices, done, epoch))
@@ -200,7 +201,7 @@ class Tuning:
                 ended = self.step % self.per_epoch == 0 or self._share_of_budget() >= 1
                 if ended:
                     self._judge(epoch + 1)
-                    self._note_clock(epoch + 1, time.monotonic() - epoch_began)
+                    self._note_clock(epoch + 1, *epoch_began)
                 if ended or time.monotonic() - saved > self.pause:
                     self._save()
                     saved = time.monotonic()
@@ -416,10 +417,19 @@ class Tuning:
             do="lower train.learning_rate; if it stops at the same rows again, look at these",
         )
 
-    def _note_clock(self, epoch: int, seconds: float) -> None:
+    def _note_clock(self, epoch: int, began: float, worked: float) -> None:
+        seconds = time.monotonic() - began
         rows = sum(1 for line in self.history.steps if line["epoch"] == epoch) * self.choices.batch
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)  # GiB; Linux counts in KiB
-        line = {"epoch": epoch, "seconds": seconds, "rows_per_second": rows / seconds, "memory_gib": peak}
+        line = {
+            "epoch": epoch,
+            "seconds": seconds,
+            "rows_per_second": rows / seconds,
+            "cores_busy": (time.process_time() - worked) / seconds,
+            "memory_gib": peak,
+        }
+        if self.device.type == "cuda":
+            line["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / (1 << 30)
         self.history.clock.append(line)
 
     def _save(self) -> None:

@@ -161,8 +161,8 @@ class Train(Block):
     """L2 penalties to try; validation log-loss chooses."""
     head_first: bool = True
     """Start from the head that fits the frozen features best, instead of a random one."""
-    epochs: int | None = Field(default=None, ge=1)
-    """Passes over the training rows; by default 8 for images and 3 for texts."""
+    epochs: int = Field(default=3, ge=1)
+    """Passes over the training rows."""
     budget: float | None = Field(default=None, gt=0)
     """Minutes of training at most; the schedule ends with them. What it reaches depends on the machine."""
     patience: int | None = Field(default=None, ge=1)

@@ -15,9 +15,8 @@ from headstart.recipe import Train
 if TYPE_CHECKING:
     from torch.nn import Parameter
 
-# Passes over the training rows, and learning rate of the last layers. Texts have more rows in our examples,
-# and their transformers forget at rates at which convolutions learn; docs/explanation/results.md has figures.
-EPOCHS = {"image": 8, "text": 3}
+# Of the last layers: transformers forget at rates at which convolutions learn. docs/explanation/results.md
+# has figures.
 LEARNING_RATE = {"image": 1e-3, "text": 1e-4}
 STEP_EPOCHS, STEP_FACTOR = 7, 0.1  # the step schedule of the classic tutorials
 
