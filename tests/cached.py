@@ -49,6 +49,33 @@ def manifest(rows: int = 240, seed: int = 0, per_group: int = 4) -> pd.DataFrame
     )
 
 
+def shifted(root: Path) -> tuple[Layout, pd.DataFrame]:
+    """The same with ``west`` moved far along the signal and its labels put aside; and those labels."""
+    table = manifest()
+    layout = write(root, table)
+    west = (table["domain"] == "west").to_numpy()
+    features = np.load(layout.features / "features.npy")
+    features[west] = 1.5 * features[west] + 4
+    np.save(layout.features / "features.npy", features)
+    truth = table.loc[west, ["id", "label"]].reset_index(drop=True)
+    table.loc[west, ["label", "confidence", "weight"]] = "", 1.0, 1.0
+    table.to_parquet(layout.manifest / "manifest.parquet", index=False)
+    described = json.loads((layout.features / "features.json").read_text())
+    described["manifest_sha256"] = sha256_of(layout.manifest / "manifest.parquet")
+    (layout.features / "features.json").write_text(json.dumps(described))
+    layout.truth.mkdir(parents=True)
+    truth.to_parquet(layout.truth / "labels.parquet", index=False)
+    return layout, truth
+
+
+def adapting(**train: Any) -> Recipe:
+    """A recipe that adapts to ``west``."""
+    return recipe(
+        validate={"adapter": "table", "target_domain": "west"},
+        train={"method": "domain_adaptation"} | train,
+    )
+
+
 def write(root: Path, table: pd.DataFrame | None = None, dim: int = 8, group_noise: float = 0) -> Layout:
     """Manifest, features with a plain signal, and the backbone's description, as the stages write them."""
     layout = Layout(root, "case")

@@ -191,3 +191,37 @@ def test_predictions_that_do_not_fit_their_model_are_refused(
         evaluate(cached.recipe(), layout)
     assert any(fault in line for line in caught.value.table)
     assert not layout.evidence.exists()
+
+
+def put_aside(root: Path, labelled: bool) -> Layout:
+    """Predictions of which those of ``west`` have their labels in another file, or none at all."""
+    layout = write(root)
+    table = pd.read_parquet(layout.model / "predictions.parquet")
+    west = table["domain"] == "west"
+    layout.truth.mkdir(parents=True)
+    table.loc[west & labelled, ["id", "label"]].to_parquet(layout.truth / "labels.parquet", index=False)
+    table.assign(label=table["label"].mask(west, "")).to_parquet(
+        layout.model / "predictions.parquet", index=False
+    )
+    return layout
+
+
+def test_a_target_is_measured_by_the_labels_that_were_put_aside(tmp_path: Path) -> None:
+    layout = put_aside(tmp_path / "one", labelled=True)
+    evaluate(cached.adapting(), layout)
+    other = write(tmp_path / "two")
+    table = pd.read_parquet(other.model / "predictions.parquet")
+    table[table["domain"] == "west"].to_parquet(other.model / "predictions.parquet", index=False)
+    evaluate(cached.adapting(), other)
+    assert contents(layout.evidence) == contents(other.evidence)
+    assert set(metrics(layout)["test_by_domain"]) == {"west"}
+
+
+def test_of_a_target_without_labels_the_page_says_that_nothing_is_known(tmp_path: Path) -> None:
+    layout = put_aside(tmp_path, labelled=False)
+    evaluate(cached.adapting(), layout)
+    assert set(metrics(layout)["test_by_domain"]) == {"east"}
+    page = (layout.evidence / "summary.md").read_text()
+    assert "No label of the target domain, west, is known" in page
+    evaluate(cached.adapting(), put_aside(tmp_path / "other", labelled=True))
+    assert "No label" not in (Layout(tmp_path / "other", "case").evidence / "summary.md").read_text()

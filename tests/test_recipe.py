@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import jsonschema
 import pytest
 import yaml
 
+from headstart.adaptation import METHODS
 from headstart.errors import HeadstartError
-from headstart.recipe import json_schema, load
+from headstart.recipe import Adaptation, json_schema, load
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -137,3 +139,23 @@ def test_texts_have_one_view(tmp_path: Path) -> None:
         tmp_path, tuned("batch: 8", TUNED_TEXTS).replace("packed: true", "packed: true\n  views: 2")
     )
     assert "features.views: is for pictures, and these are texts" in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("method: feature_extraction", "method: domain_adaptation"),
+        ("adapter: vader", "adapter: vader\n  target_domain: tweets"),
+    ],
+)
+def test_a_target_domain_and_adaptation_go_together(old: str, new: str, tmp_path: Path) -> None:
+    assert "a target domain and `domain_adaptation` go together" in mistakes(tmp_path, GOOD.replace(old, new))
+
+
+def test_a_way_to_adapt_is_refused_where_nothing_is_adapted(tmp_path: Path) -> None:
+    text = GOOD.replace("method: feature_extraction", "method: feature_extraction\n  adaptation: coral")
+    assert "adaptation: only with `method: domain_adaptation`" in mistakes(tmp_path, text)
+
+
+def test_every_way_to_adapt_can_be_chosen() -> None:
+    assert list(get_args(Adaptation)) == list(METHODS)

@@ -229,3 +229,63 @@ def test_a_choice_that_training_never_reads_makes_no_model_stale(tmp_path: Path)
 def test_stamps_cover_the_modules_that_make_training_stale() -> None:
     stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]
     assert list(stamps.MODULES) == [Path(dep).stem for dep in stage["deps"] if dep.startswith("src/")]
+
+
+def accuracy_on_target(layout: Layout, truth: pd.DataFrame) -> float:
+    predictions = pd.read_parquet(layout.model / "predictions.parquet")
+    test = predictions[(predictions["domain"] == "west") & (predictions["split"] == "test")].merge(
+        truth, on="id", suffixes=("", "_true")
+    )
+    assert len(test) > 20
+    assert (test["label"] == "").all()
+    return float(((test["p:yes"] > 0.5) == (test["label_true"] == "yes")).mean())
+
+
+def test_adaptation_mends_what_a_moved_domain_breaks(tmp_path: Path) -> None:
+    layout, truth = cached.shifted(tmp_path)
+    train(cached.adapting(adaptation="source_only"), layout)
+    assert accuracy_on_target(layout, truth) < 0.7  # it calls all of them yes
+    train(cached.adapting(), layout)
+    assert model(layout)["adaptation"] == "standardised_self_training"
+    assert accuracy_on_target(layout, truth) > 0.75
+    predictions = pd.read_parquet(layout.model / "predictions.parquet")
+    target = (predictions["domain"] == "west").to_numpy()
+    ids = pd.read_parquet(layout.features / "ids.parquet")["id"]
+    rows = pd.Index(ids).get_indexer(pd.Index(predictions["id"]))
+    features = np.load(layout.features / "features.npy")[rows]
+    for name, chosen in (("head", target), ("source", ~target)):
+        expected = Head.load(layout.model / f"{name}.safetensors").probabilities(features[chosen])
+        assert (predictions.loc[chosen, ["p:no", "p:yes"]].to_numpy() == expected).all()
+
+
+def test_labels_that_are_put_aside_are_not_within_reach_of_training(tmp_path: Path) -> None:
+    layout, truth = cached.shifted(tmp_path)
+    train(cached.adapting(), layout)
+    before = contents(layout.model)
+    flipped = truth.assign(label=truth["label"].map({"no": "yes", "yes": "no"}))
+    flipped.to_parquet(layout.truth / "labels.parquet", index=False)
+    train(cached.adapting(), layout)
+    assert contents(layout.model) == before
+    shutil.rmtree(layout.truth)
+    train(cached.adapting(), layout)
+    assert contents(layout.model) == before
+
+
+def test_test_rows_of_the_target_take_no_part_in_adaptation(tmp_path: Path) -> None:
+    layout, _ = cached.shifted(tmp_path)
+    train(cached.adapting(), layout)
+    before = (layout.model / "head.safetensors").read_bytes()
+    table = pd.read_parquet(layout.manifest / "manifest.parquet")
+    features = np.load(layout.features / "features.npy")
+    for split, moves in (("test", False), ("val", True)):
+        moved = features.copy()
+        moved[((table["domain"] == "west") & (table["split"] == split)).to_numpy()] += 1
+        np.save(layout.features / "features.npy", moved)
+        train(cached.adapting(), layout)
+        assert ((layout.model / "head.safetensors").read_bytes() != before) == moves
+
+
+def test_a_target_without_rows_is_an_error(tmp_path: Path) -> None:
+    layout = cached.write(tmp_path)
+    with pytest.raises(HeadstartError, match="the target domain has no rows to adapt to"):
+        train(cached.adapting(), layout)

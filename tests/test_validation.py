@@ -612,3 +612,90 @@ def test_texts_that_are_all_one_template_are_refused_with_the_number_of_groups(t
     assert set(found.values()) == {"0 rows of at least 5; groups with this class: 1"}
     validate(recipe(TEXTS, near_duplicates=False), layout)
     assert report(layout)["groups"] == 99
+
+
+# A target domain, whose labels are put aside.
+
+ADAPTING = {"method": "domain_adaptation"}
+
+
+def adapting(**changes: Any) -> Recipe:
+    return cached.recipe(validate=TEXTS | {"target_domain": "b"} | changes, train=ADAPTING)
+
+
+def test_labels_of_the_target_are_put_aside(tmp_path: Path) -> None:
+    layout, open_layout = texts(tmp_path / "one"), texts(tmp_path / "two")
+    validate(adapting(), layout)
+    validate(recipe(TEXTS), open_layout)
+    table, whole = written(layout), written(open_layout)
+    target = (table["domain"] == "b").to_numpy()
+    assert 0 < target.sum() < len(table)
+    assert (table.loc[target, "label"] == "").all()
+    assert set(table.loc[~target, "label"]) == {"happy", "unhappy"}
+    truth = pd.read_parquet(layout.truth / "labels.parquet")
+    expected = whole.loc[whole["domain"] == "b", ["id", "label"]].reset_index(drop=True)
+    pd.testing.assert_frame_equal(truth, expected)
+    assert set(table.loc[target, "split"]) == {"train", "val", "test"}
+    assert pd.read_parquet(open_layout.truth / "labels.parquet").empty
+
+
+def test_nothing_written_for_training_depends_on_the_labels_put_aside(tmp_path: Path) -> None:
+    layouts = [texts(tmp_path / name) for name in ("given", "swapped", "absent")]
+    for layout, word in zip(layouts[1:], ("swap", ""), strict=True):
+        rows = []
+        for line in lines(layout):
+            body, mood, shop = line.rsplit(",", 2)
+            other = {"happy": "unhappy", "unhappy": "happy"}.get(mood, mood) if word else ""
+            rows.append(f"{body},{other if shop == 'b' else mood},{shop}")
+        rewrite(layout, rows)
+    for layout in layouts:
+        validate(adapting(), layout)
+    assert contents(layouts[0].manifest) == contents(layouts[1].manifest) == contents(layouts[2].manifest)
+    assert pd.read_parquet(layouts[2].truth / "labels.parquet").empty
+
+
+def test_doubt_and_weight_of_the_target_are_put_aside_too(tmp_path: Path) -> None:
+    (tmp_path / "doubt.py").write_text(
+        "import pandas as pd\n"
+        "def rows(raw, options):\n"
+        "    n = range(80)\n"
+        "    return pd.DataFrame({'text': [f'text number {i} of many' for i in n],\n"
+        "        'label': ['ab'[i % 2] for i in n], 'domain': ['xy'[i // 2 % 2] for i in n],\n"
+        "        'confidence': [0.6 + 0.4 * (i % 2) for i in n], 'weight': [1.0 + i % 2 for i in n]})\n"
+    )
+    layout = Layout(tmp_path, "case")
+    layout.raw.mkdir(parents=True)
+    block = {"adapter": "doubt:rows", "target_domain": "y", "min_rows_per_class": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        validate(cached.recipe(validate=block, train=ADAPTING), layout)
+    table = written(layout).groupby("domain")[["confidence", "weight"]].nunique()
+    assert table.loc["y"].tolist() == [1, 1]
+    assert table.loc["x"].tolist() == [2, 2]
+
+
+def test_domains_on_neither_side_are_left_out(tmp_path: Path) -> None:
+    layout = texts(tmp_path)
+    rewrite(
+        layout, [line.replace(",a", ",c") if i % 8 == 1 else line for i, line in enumerate(lines(layout))]
+    )
+    validate(adapting(source_domains=["a"]), layout)
+    assert set(written(layout)["domain"]) == {"a", "b"}
+    reasons = written(layout, "left_out")["reason"]
+    assert set(reasons) == {"of a domain that is neither source nor target"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target_domain": "z"}, "no row is of the domain z"),
+        ({"source_domains": ["a", "z"]}, "no row is of the domain z"),
+        ({"source_domains": ["a", "b"]}, "b is both source and target"),
+        ({"classes": ["happy", "sad"]}, "labels that are no class: unhappy"),
+    ],
+)
+def test_domains_that_do_not_fit_are_errors(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    layout = texts(tmp_path)
+    with pytest.raises(HeadstartError, match=words):
+        validate(adapting(**changes), layout)
+    assert not layout.manifest.exists()

@@ -32,6 +32,7 @@ Adapter = Callable[[Path, Validate], pd.DataFrame]
 Columns = dict[str, list[Any]]
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+NO_LABEL = "no label"  # why a row is left out; rows of a target domain need none
 TABLE_SUFFIXES = {".csv", ".tsv", ".parquet", ".jsonl"}
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -192,7 +193,7 @@ def _one_table(file: Path, options: Validate) -> pd.DataFrame:
             )
         rows[role] = [_string(value) for value in content[column]]
     rows["text"], rows["original"] = _mended(rows["text"])
-    rows["left_out"] = [None if label else "no label" for label in rows["label"]]
+    rows["left_out"] = [None if label else NO_LABEL for label in rows["label"]]
     if "split" in rows:
         rows["split"] = [SPLIT_NAMES.get(split.lower(), split) if split else None for split in rows["split"]]
     rows["place"] = [f"{file.name}, row {number}" for number in range(1, len(rows["text"]) + 1)]

@@ -15,13 +15,17 @@ import numpy as np
 import pandas as pd
 
 from headstart.errors import HeadstartError
-from headstart.layout import Layout, written_whole
+from headstart.layout import HIDDEN, Layout, written_whole
 from headstart.metrics import METRICS, Floats, calibration_bins, intervals
 from headstart.recipe import Evaluate, Recipe
 
 DIGITS = 6  # more would differ between processors
 ROC_POINTS = 200  # per class: as smooth as a screen can show
 FEW_GROUPS = 20
+UNKNOWN = (
+    "**No label of the target domain, {}, is known: what follows is measured on the source domains, before "
+    "adaptation, and says nothing about the target.**"
+)
 TITLES = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
@@ -41,7 +45,7 @@ def evaluate(recipe: Recipe, layout: Layout) -> None:
     Raises:
         HeadstartError: there are no predictions, or they are not of the model beside them.
     """
-    rows, classes = _predictions(layout.model)
+    rows, classes, blind = _predictions(layout.model, layout.truth)
     probabilities = rows[[f"p:{name}" for name in classes]].to_numpy(np.float64)
     test = (rows["split"] == "test").to_numpy()
     measured = {
@@ -69,7 +73,7 @@ def evaluate(recipe: Recipe, layout: Layout) -> None:
         counts = pd.crosstab(
             pd.Categorical(actual, classes), pd.Categorical(predicted, classes), dropna=False
         ).to_numpy()
-        summary = _summary(recipe, metrics, classes, counts)
+        summary = _summary(recipe, metrics, classes, counts, blind)
         (folder / "summary.md").write_text(summary, encoding="utf-8")
 
 
@@ -82,8 +86,12 @@ def headline(metrics: dict[str, Any]) -> str:
     )
 
 
-def _predictions(model: Path) -> tuple[pd.DataFrame, list[str]]:
-    """The rows of ``predictions.parquet`` and the classes in the model's order."""
+def _predictions(model: Path, truth: Path) -> tuple[pd.DataFrame, list[str], bool]:
+    """Rows of ``predictions.parquet`` to measure, the classes in the model's order, and what is not known.
+
+    Where the model is made for a target domain, its rows are measured, by the labels that were put aside. If
+    there are none, the rows of the source domains are, and the last value is True.
+    """
     try:
         rows = pd.read_parquet(model / "predictions.parquet")
         classes: list[str] = json.loads((model / "model.json").read_text(encoding="utf-8"))["classes"]
@@ -93,6 +101,12 @@ def _predictions(model: Path) -> tuple[pd.DataFrame, list[str]]:
             where=str(error.filename),
             do=f"run `dvc repro train@{model.name}`",
         ) from None
+    target = rows["label"] == HIDDEN
+    blind = False
+    if target.any():
+        known = rows[target].drop(columns="label").merge(pd.read_parquet(truth / "labels.parquet"), on="id")
+        blind = known.empty
+        rows = (rows[~target] if blind else known).reset_index(drop=True)
     faults = []
     if [name for name in map(str, rows.columns) if name.startswith("p:")] != [
         f"p:{name}" for name in classes
@@ -108,7 +122,7 @@ def _predictions(model: Path) -> tuple[pd.DataFrame, list[str]]:
             table=faults,
             do=f"run `dvc repro --force train@{model.name}`",
         )
-    return rows, classes
+    return rows, classes, blind
 
 
 def _measure(
@@ -181,9 +195,12 @@ def _write(path: Path, table: pd.DataFrame) -> None:
 
 
 def _summary(
-    recipe: Recipe, metrics: dict[str, Any], classes: list[str], counts: np.ndarray[Any, Any]
+    recipe: Recipe, metrics: dict[str, Any], classes: list[str], counts: np.ndarray[Any, Any], blind: bool
 ) -> str:
-    """The page for a reader. ``counts`` is int[k, k]: rows of the test by true and predicted class."""
+    """The page for a reader.
+
+    ``counts`` is int[k, k]: rows of the test by true and predicted class. ``blind``: none is of the target domain.
+    """
     test, val = metrics["test"], metrics["val"]
     share = f"{recipe.evaluate.confidence:.0%}"
     gap = test["accuracy"]["value"] - test["majority"]
@@ -192,6 +209,7 @@ def _summary(
     lines = [
         f"# {recipe.name}: evidence",
         "",
+        *([UNKNOWN.format(recipe.validate_.target_domain), ""] if blind else []),
         f"Test accuracy **{_interval(test['accuracy'])}** on {test['rows']:,} rows in {test['groups']:,} "
         f"groups: {shown} than always naming the commonest class, which scores {test['majority']:.3f} "
         f"({gap:+.3f}).",

@@ -17,6 +17,7 @@ from pathlib import Path
 from headstart.errors import HeadstartError
 
 EARLIER_SPLITS = ".splits.parquet"  # in the raw folder: ids and splits of the snapshot before this one
+HIDDEN = ""  # in a manifest, the label of a row whose label is unknown or put aside
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
@@ -41,6 +42,11 @@ class Layout:
     def manifest(self) -> Path:
         """Output of ``validate``."""
         return self.root / "manifest" / self.recipe
+
+    @property
+    def truth(self) -> Path:
+        """Output of ``validate`` that ``evaluate`` alone may read: labels put aside."""
+        return self.root / "truth" / self.recipe
 
     @property
     def weights(self) -> Path:

@@ -79,6 +79,11 @@ class Validate(Block):
     """Column names for the ``table`` adapter."""
     classes: list[str] | None = Field(default=None, min_length=2)
     """The labels allowed; by default every label found."""
+    target_domain: str | None = None
+    """The domain to adapt to, for `method: domain_adaptation`. Its rows need no labels; those that they have
+    are put aside for `evaluate`, and neither training nor any choice sees them."""
+    source_domains: list[str] | None = Field(default=None, min_length=1)
+    """The domains whose labels are learned from, where there is a `target_domain`; by default all others."""
     splits: Splits = Splits()
     """Shares of train, val and test."""
     seed: int = 0
@@ -147,18 +152,35 @@ class Augment(Block):
     """Stretch the values about the picture's mean by a factor between 1 - this and 1 + this."""
 
 
-class Train(Block):
-    """How the model is built. The keys below ``l2`` are those of ``fine_tune``."""
+Adaptation = Literal[
+    "source_only",
+    "standardisation",
+    "coral",
+    "optimal_transport",
+    "subspace_alignment",
+    "importance_weighting",
+    "information_maximisation",
+    "minimum_class_confusion",
+    "self_training",
+    "standardised_self_training",
+]
 
-    method: Literal["feature_extraction", "fine_tune"] = "feature_extraction"
+
+class Train(Block):
+    """How the model is built. The keys below ``adaptation`` are those of ``fine_tune``."""
+
+    method: Literal["feature_extraction", "fine_tune", "domain_adaptation"] = "feature_extraction"
     """``feature_extraction``: the backbone stays frozen, a linear head is trained on its features.
-    ``fine_tune``: the backbone is trained as well."""
+    ``fine_tune``: the backbone is trained as well. ``domain_adaptation``: the head is fitted for
+    `validate.target_domain`, from the labels of the other domains."""
     seed: int = 0
     """Seed of everything random in training."""
     class_weight: Literal["balanced"] | None = None
     """``balanced`` weighs classes by their inverse frequency."""
     l2: list[float] = Field(default=[1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0], min_length=1)
     """L2 penalties to try; validation log-loss chooses."""
+    adaptation: Adaptation | None = None
+    """How `domain_adaptation` adapts; by default ``standardised_self_training``."""
     head_first: bool = True
     """Start from the head that fits the frozen features best, instead of a random one."""
     epochs: int = Field(default=3, ge=1)
@@ -212,7 +234,9 @@ class Train(Block):
 
     @model_validator(mode="after")
     def _of_one_method(self) -> Train:
-        alien = self.model_fields_set - {"method", "seed", "class_weight", "l2"}
+        if self.adaptation and self.method != "domain_adaptation":
+            raise ValueError("adaptation: only with `method: domain_adaptation`")
+        alien = self.model_fields_set - {"method", "seed", "class_weight", "l2", "adaptation"}
         if alien and self.method != "fine_tune":
             raise ValueError(f"{', '.join(sorted(alien))}: only with `method: fine_tune`")
         return self
@@ -248,6 +272,11 @@ class Recipe(Block):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Recipe:
+        adapting = self.train.method == "domain_adaptation"
+        if adapting != (self.validate_.target_domain is not None):
+            raise ValueError(
+                "validate.target_domain, train.method: a target domain and `domain_adaptation` go together"
+            )
         if self.train.method == "fine_tune" and not self.features.packed:
             raise ValueError("features.packed: `train: method: fine_tune` needs `features: packed: true`")
         if self.train.lora and self.modality == "image":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from headstart.layout import HIDDEN
 from headstart.recipe import Validate
 from headstart.splits import SPLITS
 
@@ -65,7 +66,8 @@ def rows(options: Validate, texts: bool) -> pa.DataFrameSchema:
 
     # Named functions throughout: pandera's built-in checks print their arguments in place of a name.
     one_of = options.classes
-    known = [pa.Check(lambda s: s.isin(one_of), name="known_label")] if one_of else []
+    hidden = [HIDDEN] if options.target_domain else []
+    known = [pa.Check(lambda s: s.isin([*one_of, *hidden]), name="known_label")] if one_of else []
     not_empty = pa.Check(lambda s: s.str.strip().str.len() > 0, name="text_not_empty")
     in_range = pa.Check(lambda s: (s > 0) & (s <= 1), name="confidence_in_range")
     positive = pa.Check(lambda s: (s > 0) & (s < float("inf")), name="positive_weight")
@@ -82,7 +84,10 @@ def rows(options: Validate, texts: bool) -> pa.DataFrameSchema:
             "split": pa.Column(str, split, nullable=True),
         },
         # A frame-level rule returns one truth value: a series would be repeated for every column.
-        checks=pa.Check(lambda frame: bool(frame["label"].nunique() != 1), name="two_classes"),
+        checks=pa.Check(
+            lambda frame: bool(frame["label"][~frame["label"].isin(hidden)].nunique() != 1),
+            name="two_classes",
+        ),
     )
 
 

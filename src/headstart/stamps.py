@@ -20,6 +20,7 @@ LIBRARY = Path(__file__).parent
 # sys.modules, the list would depend on what else the process happens to have imported.
 MODULES = (
     "activations",
+    "adaptation",
     "attention",
     "augmentation",
     "backbones",

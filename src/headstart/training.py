@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from headstart import stamps
 from headstart.errors import HeadstartError
 from headstart.heads import Features, Head, select
-from headstart.layout import Layout, sha256_of, written_whole
+from headstart.layout import HIDDEN, Layout, sha256_of, written_whole
 from headstart.metrics import Floats, Ints
 from headstart.recipe import Recipe, Train
 
@@ -37,11 +37,15 @@ class Examples:
     manifest: pd.DataFrame
     features: Features  # float16 [n, d], a memory map
     classes: list[str]
-    truth: Ints  # [n], position of the label in classes
+    truth: Ints  # [n], position of the label in classes; -1 where it is put aside
 
     def rows(self, *splits: str) -> Rows:
-        """Positions of the rows in these splits."""
-        return np.flatnonzero(self.manifest["split"].isin(splits))
+        """Positions of the labelled rows in these splits."""
+        return np.flatnonzero(self.manifest["split"].isin(splits) & (self.truth >= 0))
+
+    def unlabelled(self, *splits: str) -> Rows:
+        """Positions of the target domain's rows in these splits."""
+        return np.flatnonzero(self.manifest["split"].isin(splits) & (self.truth < 0))
 
 
 class Fitted(Protocol):
@@ -77,7 +81,7 @@ def train(recipe: Recipe, layout: Layout) -> None:
         HeadstartError: files are missing or of different runs, features are not finite, a class has no
             rows to learn from, or fine-tuning cannot go on.
     """
-    if recipe.train.method != "feature_extraction":
+    if recipe.train.method == "fine_tune":
         from headstart import devices, launching
 
         if not launching.launched() and (processes := devices.processes()) > 1:
@@ -89,7 +93,7 @@ def train(recipe: Recipe, layout: Layout) -> None:
     fitted = fit(recipe, layout, examples, examples.rows("train"), examples.rows("val"), key=key)
     if fitted is None:
         return  # one of several processes; the first of them publishes
-    held_out = examples.rows("val", "test")
+    held_out = np.flatnonzero(examples.manifest["split"].isin(["val", "test"]))
     with written_whole(layout.model) as folder:
         probabilities = fitted.publish(folder, held_out)
         model = {"method": recipe.train.method, "classes": examples.classes, **fitted.said, "stamps": stamped}
@@ -124,6 +128,8 @@ def fit(
     """
     if recipe.train.method == "feature_extraction":
         return Frozen(examples, *fit_rows(examples, recipe.train, train, val))
+    if recipe.train.method == "domain_adaptation":
+        return adapted(examples, recipe.train, train, val)
     tuning, frozen = begin(recipe, layout, examples, train, val, key=key)
     tuning.run()
     if not tuning.accelerator.is_main_process:
@@ -158,6 +164,38 @@ class Frozen:
     def publish(self, folder: Path, rows: Rows) -> Floats:
         """Write ``head.safetensors``."""
         self.head.save(folder / "head.safetensors")
+        return self.probabilities(rows)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Domain adaptation: a head for the target domain on the features of a backbone that stays as it is."""
+
+    source: Frozen  # what the labels alone would give
+    head: Head
+    method: str
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """How it was adapted, from what."""
+        return {"adaptation": self.method} | self.source.said
+
+    @property
+    def chosen(self) -> str:
+        """The way of adapting."""
+        return self.method
+
+    def probabilities(self, rows: Rows) -> Floats:
+        """float64 [rows, classes]: rows of the target domain by the adapted head, others by the source's."""
+        target = self.source.examples.truth[rows] < 0
+        found = self.source.probabilities(rows)
+        found[target] = self.head.probabilities(self.source.examples.features[rows[target]])
+        return found
+
+    def publish(self, folder: Path, rows: Rows) -> Floats:
+        """Write ``head.safetensors``, and beside it ``source.safetensors``, which was not adapted."""
+        self.head.save(folder / "head.safetensors")
+        self.source.head.save(folder / "source.safetensors")
         return self.probabilities(rows)
 
 
@@ -210,6 +248,27 @@ class Tuned:
         extractor = features.Extractor(folder / "backbone", self.recipe.features, arithmetic)
         vectors = extractor.read(features.Packed(pack, rows, extractor.device.type))
         return Head.load(folder / "head.safetensors").probabilities(vectors)
+
+
+def adapted(examples: Examples, choices: Train, train: Rows, val: Rows) -> Adapted:
+    """A head for the target domain, from labelled rows ``train`` and ``val`` of the source domains.
+
+    Of the target domain the rows of its test split take no part.
+
+    Raises:
+        HeadstartError: as for ``train``.
+    """
+    from headstart import adaptation
+
+    frozen = Frozen(examples, *fit_rows(examples, choices, train, val))
+    targets, weights = labels(examples, choices, train)
+    source = adaptation.Source(_finite(examples, train), targets[train], weights[train])
+    target = _finite(examples, examples.unlabelled("train", "val"))
+    if len(target) < 2:
+        raise HeadstartError("the target domain has no rows to adapt to", do="add rows of the target domain")
+    method = choices.adaptation or "standardised_self_training"
+    head = adaptation.adapt(method, source, target, frozen.penalty, seed=choices.seed)
+    return Adapted(frozen, head, method)
 
 
 def begin(
@@ -288,10 +347,9 @@ def load(recipe: Recipe, layout: Layout) -> Examples:
             where=str(layout.features / "features.npy"),
             do=again,
         )
-    classes = recipe.validate_.classes or sorted(set(manifest["label"]))
+    classes = recipe.validate_.classes or sorted(set(manifest["label"]) - {HIDDEN})
     truth = pd.Index(classes).get_indexer(pd.Index(manifest["label"])).astype(np.int64)
-    if (truth < 0).any():
-        unknown = sorted(set(manifest["label"][truth < 0]))
+    if unknown := sorted(set(manifest["label"][truth < 0]) - {HIDDEN}):
         raise HeadstartError(
             f"the manifest has labels that the recipe does not name: {', '.join(unknown)}",
             where=str(path),

@@ -21,7 +21,7 @@ import pandas as pd
 
 from headstart import adapters, duplicates, progress, schemas, splits
 from headstart.errors import HeadstartError
-from headstart.layout import EARLIER_SPLITS, Layout, written_whole
+from headstart.layout import EARLIER_SPLITS, HIDDEN, Layout, written_whole
 from headstart.recipe import Recipe, Validate
 
 COLUMNS = ["id", "label", "confidence", "weight", "domain", "group", "split", "digest"]
@@ -44,6 +44,7 @@ def validate(recipe: Recipe, layout: Layout) -> None:
     """
     options = recipe.validate_
     frame = _completed(adapters.read(layout.raw, options))
+    frame, truth = _put_aside(frame, options)
     usable = frame["left_out"].isna().to_numpy()
     kept = frame[usable].reset_index(drop=True)
     if kept.empty:
@@ -78,10 +79,11 @@ def validate(recipe: Recipe, layout: Layout) -> None:
         pairs["near_duplicate_pairs"] = near[code[near[:, 0]] != code[near[:, 1]]]
     label = kept["label"].to_numpy()
     first, second = pairs["duplicate_pairs"].T
-    contradictions = int((label[first] != label[second]).sum())
+    both = (label[first] != HIDDEN) & (label[second] != HIDDEN)
+    contradictions = int((both & (label[first] != label[second])).sum())
 
     kept, repeated = _in_splits(kept, np.concatenate(list(pairs.values())), options, _earlier(layout))
-    classes = options.classes or sorted(set(kept["label"]))
+    classes = options.classes or sorted(set(kept["label"]) - {HIDDEN})
     _refuse(schemas.split_failures(kept, options, classes), layout)
 
     left_out = pd.concat([frame[~usable], repeated])[["id", "left_out", content]]
@@ -102,6 +104,9 @@ def validate(recipe: Recipe, layout: Layout) -> None:
         "duplicates_with_another_label": contradictions,
         **extra,
     }
+    with written_whole(layout.truth) as folder:
+        truth = truth[truth["id"].isin(manifest["id"])].sort_values("id", ignore_index=True)
+        truth.astype("str").to_parquet(folder / "labels.parquet", index=False)
     with written_whole(layout.manifest) as folder:
         tables = {"manifest": manifest, "left_out": left_out, "repaired": repaired}
         for name, table in tables.items():
@@ -137,6 +142,45 @@ def _completed(frame: pd.DataFrame) -> pd.DataFrame:
         given = pd.to_numeric(frame[column], errors="coerce") if column in frame else 1.0
         filled[column] = pd.Series(given, index=frame.index, dtype="float64")
     return filled
+
+
+def _put_aside(frame: pd.DataFrame, options: Validate) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows without the target domain's labels, and a table of those: ``id``, ``label``.
+
+    Whatever else would tell of a label goes with it: the raters' doubt, and a weight made from it.
+    """
+    target = options.target_domain
+    if target is None:
+        return frame, pd.DataFrame({"id": [], "label": []}, dtype="str")
+    names = sorted(set(frame["domain"]))
+    sources = options.source_domains or [name for name in names if name != target]
+    if unknown := sorted({target, *sources} - set(names)):
+        raise HeadstartError(
+            f"no row is of the domain {', '.join(unknown)}",
+            where="validate.target_domain, validate.source_domains",
+            do=f"domains here: {', '.join(names)}",
+        )
+    if target in sources:
+        raise HeadstartError(
+            f"{target} is both source and target",
+            where="validate.source_domains",
+            do="name a domain on one side only",
+        )
+    frame = frame.copy()
+    alien = ~frame["domain"].isin([target, *sources]) & frame["left_out"].isna()
+    frame.loc[alien, "left_out"] = "of a domain that is neither source nor target"
+    hidden = (frame["domain"] == target) & (
+        frame["left_out"].isna() | (frame["left_out"] == adapters.NO_LABEL)
+    )
+    truth = frame.loc[hidden & frame["label"].notna(), ["id", "label"]]
+    if options.classes and (strange := sorted(set(truth["label"]) - set(options.classes))):
+        raise HeadstartError(
+            f"labels that are no class: {', '.join(strange)}",
+            where=f"rows of the domain {target}",
+            do="correct these labels, or add them to validate.classes",
+        )
+    frame.loc[hidden, ["label", "confidence", "weight", "left_out"]] = HIDDEN, 1.0, 1.0, None
+    return frame, truth
 
 
 def _content_ids(frame: pd.DataFrame) -> pd.Series:

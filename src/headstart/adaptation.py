@@ -1,0 +1,525 @@
+"""Adaptation: a head for a domain without labels, from the labels of another, on cached features.
+
+Goes in: labelled rows of a source domain and unlabelled rows of a target domain, as a frozen backbone left
+them. Comes out: a ``Head`` that takes target rows as they are, whatever the method had to map to find it.
+Never trains a backbone, and never sees a target label beyond the few it is given as ``known``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.heads import (
+    DEAD,
+    Features,
+    Head,
+    Singles,
+    _blocks,
+    _check,
+    _log_softmax,
+    _moments,
+    _standardised,
+    fit,
+)
+from headstart.metrics import TINY, Floats
+
+Rows = NDArray[np.int64]
+Known = tuple[Rows, Floats] | None
+Penalty = Callable[[Floats], tuple[float, Floats]]
+
+CORRELATED = 0.9  # share of each covariance that is believed; the rest is its diagonal
+COMPONENTS = 64  # of a subspace, at most
+DOMAIN_L2 = 0.1  # strong: in a thousand dimensions any two domains can be told apart by heart
+DOMAIN_FOLDS = 5
+CLIP = 10.0  # a source row counts for at most this many average ones, and for at least one in so many
+TEMPERATURE = 2.5  # of Jin et al. 2020
+STEPS = 200  # at most, from the start of a loss that is not convex
+ROUNDS = 5  # of self-training
+KNOWN_SHARE = 0.1  # weight of all known target rows together, by the source's
+
+
+@dataclass(frozen=True)
+class Source:
+    """The labelled domain."""
+
+    features: Features  # [n, d], any float type; a float16 memory map is read in blocks
+    targets: Floats  # float64[n, k], each row a distribution over the classes
+    weights: Floats  # float64[n], at least 0 with a positive sum
+
+
+def adapt(
+    method: str,
+    source: Source,
+    target: Features,
+    l2: float,
+    *,
+    seed: int = 0,
+    known: tuple[Rows, Floats] | None = None,
+) -> Head:
+    """A head for target rows, by one of the ``METHODS``.
+
+    All maps between domains are affine, so they are folded into the head's own four arrays: what comes
+    out is saved and served like the head of any other training.
+
+    The few target rows with ``known`` labels join the source's labelled rows, mapped as the target is.
+    Weighted as what they are, five among thousands would teach nothing; so together they weigh a tenth of
+    the source, and each at least as much as the average source row (a weight of 1 where all are 1). More
+    than n / 10 of them are therefore simply further rows. The maps themselves look at no labels.
+
+    Memory: a few float32 copies of the features and a few [d, d] matrices, never anything [n, n].
+
+    Args:
+        method: a name in ``METHODS``.
+        source: at least two labelled rows.
+        target: [m, d] of at least two rows, any float type, mostly unlabelled.
+        l2: penalty as of ``heads.fit``, positive; measured in the space the head is fitted in.
+        seed: of the folds of ``importance_weighting``; the other methods leave nothing to chance.
+        known: positions int64[j] within ``target``, each once, and targets float64[j, k] of these rows.
+
+    Raises:
+        ValueError: an unknown method, shapes that do not fit, weights or a penalty out of range,
+            features not finite, known rows that are not in the target or named twice.
+    """
+    if method not in METHODS:
+        near = get_close_matches(method, METHODS, n=1, cutoff=0)[0]
+        raise ValueError(f"no adaptation method {method!r}; did you mean {near!r}?")
+    _check(source.features, source.targets, source.weights, [l2])
+    _check_target(source, target, known)
+    if known is not None and not len(known[0]):
+        known = None
+    return METHODS[method](source, target, l2, seed=seed, known=known)
+
+
+def source_only(source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None) -> Head:
+    """No adaptation: ``heads.fit`` on the source, the figure that every other method has to beat."""
+    if known is None:
+        return fit(source.features, source.targets, source.weights, l2)
+    same = _source_scaling(source)
+    return _fitted(source, target, known, (same, same), l2)
+
+
+def standardisation(
+    source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None
+) -> Head:
+    """Each domain standardised with its own mean and deviation.
+
+    The effect on features of what adaptive batch normalisation does inside a network (Li et al. 2016,
+    arXiv:1603.04779): the head of the source, with its mean and scale replaced by the target's. Undoes any
+    shift and scaling of single dimensions; goes wrong where the share of the classes differs.
+    """
+    return _fitted(source, target, known, (_source_scaling(source), _target_scaling(target)), l2)
+
+
+def coral(source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None) -> Head:
+    """Correlation alignment: the source whitened and given the correlations of the target.
+
+    Sun, Feng & Saenko 2016, "Return of frustratingly easy domain adaptation", arXiv:1511.05547, with both
+    domains standardised first, as in their experiments. They add the identity to each covariance. Here it
+    is shrunk: 0.9 of it and 0.1 of its diagonal, which means the same at any size of the features.
+    """
+    from_source, from_target = _source_scaling(source), _target_scaling(target)
+    own = _shrunk(_covariance(source.features, from_source, _shares(source.weights)))
+    other = _shrunk(_covariance(target, from_target, _equal_shares(target)))
+    matrix = _power(own, -0.5) @ _power(other, 0.5)
+    return _fitted(source, target, known, (from_source.then(matrix), from_target), l2)
+
+
+def optimal_transport(
+    source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None
+) -> Head:
+    """The source moved onto the target by the linear Monge map, optimal between two Gaussians.
+
+    Flamary, Lounici & Ferrari 2019, "Concentration bounds for linear Monge mapping estimation and optimal
+    transport domain adaptation", arXiv:1905.10155, computed by POT. Of all maps that turn one covariance
+    into the other it moves the rows least, measured in the source's deviations. The covariances are shrunk
+    as for ``coral``.
+    """
+    from ot.gaussian import bures_wasserstein_mapping  # type: ignore[import-untyped]
+
+    from_source = _source_scaling(source)
+    from_target = replace(from_source, mean=_target_scaling(target).mean)
+    own = _shrunk(_covariance(source.features, from_source, _shares(source.weights)))
+    other = _shrunk(_covariance(target, from_target, _equal_shares(target)))
+    origin = np.zeros(len(own))  # both are centred
+    matrix, _ = bures_wasserstein_mapping(origin, origin, own, other)
+    return _fitted(source, target, known, (from_source.then(matrix), from_target), l2)
+
+
+def subspace_alignment(
+    source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None
+) -> Head:
+    """The source's principal components rotated onto the target's, and all else dropped.
+
+    Fernando et al. 2013, "Unsupervised visual domain adaptation using subspace alignment": with bases
+    P and Q of the two, standardised domains, the head sees source rows as ``x @ P @ P.T @ Q`` and target
+    rows as ``x @ Q``. Components: 64, or as many as there are dimensions, or rows less one, if fewer.
+    """
+    from_source, from_target = _source_scaling(source), _target_scaling(target)
+    count = min(target.shape[1], COMPONENTS, len(source.features) - 1, len(target) - 1)
+    own = _components(_covariance(source.features, from_source, _shares(source.weights)), count)
+    other = _components(_covariance(target, from_target, _equal_shares(target)), count)
+    maps = from_source.then(own @ (own.T @ other)), from_target.then(other)
+    return _fitted(source, target, known, maps, l2)
+
+
+def importance_weighting(
+    source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None
+) -> Head:
+    """Source rows weighted by how much likelier they are in the target (Shimodaira 2000).
+
+    Right where the domains hold the same kinds of rows in other shares; it cannot reach a target that
+    lies outside the source.
+    """
+    ratio = density_ratio(source, target, seed=seed)
+    return source_only(replace(source, weights=source.weights * ratio), target, l2, known=known)
+
+
+def information_maximisation(
+    source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None
+) -> Head:
+    """Boundaries moved to where target rows are sparse, with the classes in the source's shares.
+
+    Starts from the head of ``standardisation`` and minimises, in the same space and with the same penalty,
+    the source's cross-entropy plus ``information_loss`` on the target (Gomes, Krause & Perona 2010; Shi &
+    Sha 2012, arXiv:1206.6438; Liang, Hu & Feng 2020, arXiv:2002.08546), each with a factor of 1. Not
+    convex: the answer is the minimum near that start, or what 200 steps of L-BFGS reach of it.
+    """
+    prior = _shares(source.weights) @ source.targets
+    return _descended(source, target, known, lambda logits: information_loss(logits, prior), l2)
+
+
+def minimum_class_confusion(
+    source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None
+) -> Head:
+    """Classes told apart on the target, in whatever shares: ``confusion_loss`` beside cross-entropy.
+
+    Start, space, penalty and factor are those of ``information_maximisation``.
+    """
+    return _descended(source, target, known, confusion_loss, l2)
+
+
+def self_training(source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None) -> Head:
+    """The head taught by its own surest guesses on the target, more of them each round.
+
+    Class-balanced self-training (Zou et al. 2018, arXiv:1810.07911): in five rounds the surest 20, 40, ...,
+    100 % of the target rows of each predicted class are labelled with that class, and a head is fitted to
+    them and the source. Together they weigh as much as the source. Both domains are standardised with the
+    source's moments, so a shift between them is left for the rounds to bridge.
+    """
+    same = _source_scaling(source)
+    return _self_trained(source, target, known, (same, same), l2)
+
+
+def standardised_self_training(
+    source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None
+) -> Head:
+    """``self_training`` in the space of ``standardisation``, where each domain has moments of its own."""
+    return _self_trained(source, target, known, (_source_scaling(source), _target_scaling(target)), l2)
+
+
+METHODS: dict[str, Callable[..., Head]] = {
+    "source_only": source_only,
+    "standardisation": standardisation,
+    "coral": coral,
+    "optimal_transport": optimal_transport,
+    "subspace_alignment": subspace_alignment,
+    "importance_weighting": importance_weighting,
+    "information_maximisation": information_maximisation,
+    "minimum_class_confusion": minimum_class_confusion,
+    "self_training": self_training,
+    "standardised_self_training": standardised_self_training,
+}
+
+
+def density_ratio(source: Source, target: Features, *, l2: float = DOMAIN_L2, seed: int = 0) -> Floats:
+    """How much likelier each source row is in the target than in the source, from a domain classifier.
+
+    Where both domains weigh the same, its odds are the ratio (Bickel, Brückner & Scheffer 2009, JMLR 10).
+    Each row is judged by a head fitted without it, as a head knows its own rows too well. The ratios are
+    scaled to a weighted mean of 1, cut at 10 and at a tenth, and scaled again.
+
+    Args:
+        source: rows to weigh; their weights count in the source's density.
+        target: [m, d], every row alike.
+        l2: penalty of the domain classifier; a strong one draws the ratios towards 1.
+        seed: deals the rows into five folds.
+
+    Returns:
+        float64[n], positive, with a mean of 1 under the source's weights.
+    """
+    chance = np.random.default_rng(seed)
+    folds, other_folds = (chance.permutation(len(x)) % DOMAIN_FOLDS for x in (source.features, target))
+    log_odds = np.empty(len(source.features))
+    head: Head | None = None
+    for fold in np.unique(folds):
+        own, other = np.flatnonzero(folds != fold), np.flatnonzero(other_folds != fold)
+        head = fit(
+            np.concatenate([source.features[own], target[other]]),
+            np.eye(2)[np.repeat([0, 1], [len(own), len(other)])],
+            np.concatenate([_shares(source.weights[own]), np.full(len(other), 1 / len(other))]),
+            l2,
+            start=head,
+        )
+        logits = head.logits(source.features[folds == fold])
+        log_odds[folds == fold] = logits[:, 1] - logits[:, 0]
+    shares = _shares(source.weights)
+    ratio: Floats = np.exp(log_odds - log_odds.max())  # the next line scales it
+    ratio = np.clip(ratio / float(shares @ ratio), 1 / CLIP, CLIP)
+    ratio /= float(shares @ ratio)
+    return ratio
+
+
+def information_loss(logits: Floats, prior: Floats) -> tuple[float, Floats]:
+    """How unsure the predictions are, plus how far their mean is from ``prior``, in nats.
+
+    The mean entropy of a row's prediction and the divergence KL(mean prediction || prior). Against a
+    uniform prior that is log(k) less the mutual information between rows and classes (Gomes et al. 2010).
+
+    Args:
+        logits: float64[n, k].
+        prior: float64[k], the expected share of each class.
+
+    Returns:
+        The loss and its gradient, float64[n, k], with respect to the logits.
+    """
+    logs = _log_softmax(logits)
+    sure = np.exp(logs)
+    entropy = -(sure * logs).sum(axis=1, keepdims=True)
+    mean = sure.mean(axis=0)
+    surplus = np.log(np.maximum(mean, TINY) / np.maximum(prior, TINY))
+    slope = sure * (surplus - (sure @ surplus)[:, None] - logs - entropy) / len(logits)
+    return float(entropy.mean() + mean @ surplus), slope
+
+
+def confusion_loss(logits: Floats, temperature: float = TEMPERATURE) -> tuple[float, Floats]:
+    """How often a row that is taken for one class could as well be another: 0 if never, below 1 always.
+
+    Minimum class confusion (Jin et al. 2020, arXiv:1912.03699): predictions at a temperature, rows weighted
+    by 1 + exp(-entropy), their class by class correlation with each row scaled to sum to 1, and of that the
+    mean mass off the diagonal. Two differences: one batch of all rows, and the gradient goes through the
+    weights as well, because a line search needs the gradient of the loss it sees.
+
+    Args:
+        logits: float64[n, k].
+        temperature: positive; logits are divided by it.
+
+    Returns:
+        The loss and its gradient, float64[n, k], with respect to the logits.
+    """
+    k = logits.shape[1]
+    logs = _log_softmax(logits / temperature)
+    sure = np.exp(logs)
+    entropy = -(sure * logs).sum(axis=1, keepdims=True)
+    certainty = np.exp(-entropy)
+    weights = 1 + certainty  # any common factor would cancel
+    # Row j of the correlation sums to the mass of class j, as each prediction sums to 1: only the diagonal
+    # has to be known.
+    mass = np.maximum((weights * sure).sum(axis=0), TINY)
+    kept = (weights * np.square(sure)).sum(axis=0) / mass
+    slope_sure = -weights * (2 * sure - kept) / mass / k
+    slope_entropy = certainty * (sure * (sure - kept) / mass).sum(axis=1, keepdims=True) / k
+    slope = sure * (slope_sure - (sure * slope_sure).sum(axis=1, keepdims=True))
+    slope -= slope_entropy * sure * (logs + entropy)
+    return float(1 - kept.mean()), slope / temperature
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """A map into the space of a head: ((x - mean) / scale) @ matrix, without the matrix if there is none."""
+
+    mean: Singles  # [d]
+    scale: Singles  # [d]
+    matrix: Singles | None = None  # [d, r]
+
+    def __call__(self, x: Features) -> Singles:
+        """float32[n, r] of features [n, d]."""
+        width = len(self.mean) if self.matrix is None else self.matrix.shape[1]
+        result = np.empty((len(x), width), np.float32)
+        for rows in _blocks(x.shape):
+            scaled = _standardised(x[rows], self.mean, self.scale)
+            result[rows] = scaled if self.matrix is None else scaled @ self.matrix
+        return result
+
+    def then(self, matrix: NDArray[Any]) -> _Affine:
+        return replace(self, matrix=matrix.astype(np.float32))
+
+    def folded(self, head: Head) -> Head:
+        """The head for rows that have not been mapped, of one for rows that have."""
+        weight = head.weight / head.scale.astype(np.float64)
+        bias = head.bias - weight @ head.mean
+        if self.matrix is not None:
+            weight = weight @ self.matrix.T
+        return Head(weight.astype(np.float32), bias.astype(np.float32), self.mean, self.scale)
+
+
+Maps = tuple[_Affine, _Affine]  # of source rows and of target rows, into one space
+
+
+def _source_scaling(source: Source) -> _Affine:
+    return _Affine(*_moments(source.features, _shares(source.weights)))
+
+
+def _target_scaling(target: Features) -> _Affine:
+    return _Affine(*_moments(target, _equal_shares(target)))
+
+
+def _shares(weights: Floats) -> Floats:
+    return weights / float(weights.sum())
+
+
+def _equal_shares(x: Features) -> Floats:
+    return np.full(len(x), 1 / len(x))
+
+
+def _labelled(source: Source, target: Features, known: Known, maps: Maps) -> tuple[Singles, Floats, Floats]:
+    """Features, targets and weights of all rows with a label, mapped."""
+    from_source, from_target = maps
+    rows = from_source(source.features)
+    if known is None:
+        return rows, source.targets, source.weights
+    positions, targets = known
+    each = max(KNOWN_SHARE * source.weights.sum() / len(positions), source.weights.mean())
+    return (
+        np.concatenate([rows, from_target(target[positions])]),
+        np.concatenate([source.targets, targets]),
+        np.concatenate([source.weights, np.full(len(positions), each)]),
+    )
+
+
+def _fitted(source: Source, target: Features, known: Known, maps: Maps, l2: float) -> Head:
+    """The head of all labelled rows where the maps take them, for target rows as they are."""
+    return maps[1].folded(fit(*_labelled(source, target, known, maps), l2))
+
+
+def _self_trained(source: Source, target: Features, known: Known, maps: Maps, l2: float) -> Head:
+    from_target = maps[1]
+    labelled, targets, weights = _labelled(source, target, known, maps)
+    rows = from_target(target if known is None else np.delete(target, known[0], axis=0))
+    head = fit(labelled, targets, weights, l2)
+    for turn in range(1, ROUNDS + 1 if len(rows) else 1):
+        probabilities = head.probabilities(rows)
+        chosen = _surest(probabilities, turn / ROUNDS)
+        guesses = np.eye(targets.shape[1])[probabilities[chosen].argmax(axis=1)]
+        head = fit(
+            np.concatenate([labelled, rows[chosen]]),
+            np.concatenate([targets, guesses]),
+            np.concatenate([weights, np.full(len(chosen), source.weights.sum() / len(chosen))]),
+            l2,
+            start=head,
+        )
+    return from_target.folded(head)
+
+
+def _surest(probabilities: Floats, share: float) -> Rows:
+    """The rows of each predicted class with the highest probabilities, rounded up; of equals the first."""
+    predicted, surety = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    chosen = []
+    for label in range(probabilities.shape[1]):
+        rows = np.flatnonzero(predicted == label)
+        order = np.argsort(-surety[rows], kind="stable")
+        chosen.append(rows[order[: int(np.ceil(round(share * len(rows), 9)))]])
+    return np.sort(np.concatenate(chosen))
+
+
+def _descended(source: Source, target: Features, known: Known, penalty: Penalty, l2: float) -> Head:
+    """The head of ``standardisation``, moved to lower a penalty on the target's logits as well."""
+    from scipy.optimize import minimize
+
+    from_target = _target_scaling(target)
+    labelled, targets, weights = _labelled(source, target, known, (_source_scaling(source), from_target))
+    start = fit(labelled, targets, weights, l2)
+    rows, shares = from_target(target), _shares(weights)
+    k, d = start.weight.shape
+    # Steps in units of the spread of both domains, as in heads._curvature, for the same reason.
+    both = _covariance(labelled, None, shares / 2) + _covariance(rows, None, _equal_shares(rows) / 2)
+    spread, axes = np.linalg.eigh(both)
+    stretch = 1 / np.sqrt(np.maximum(spread, 0) / 4 + l2)
+
+    def head_of(flat: Floats) -> tuple[Floats, Floats]:
+        return (flat[: k * d].reshape(k, d) * stretch) @ axes.T, flat[k * d :]
+
+    def loss(flat: Floats) -> tuple[float, Floats]:
+        """The objective and its gradient; ``flat`` is weight @ axes / stretch [k, d], then bias [k]."""
+        weight, bias = head_of(flat)
+        single = weight.T.astype(np.float32)
+        logs = _log_softmax((labelled @ single).astype(np.float64) + bias)
+        error = (np.exp(logs) - targets) * shares[:, None]
+        value, slope_target = penalty((rows @ single).astype(np.float64) + bias)
+        value += l2 / 2 * float(np.square(weight).sum()) - float(shares @ (targets * logs).sum(axis=1))
+        # This way around BLAS is faster, and much so where other processes want the same cores.
+        slope = (labelled.T @ error.astype(np.float32) + rows.T @ slope_target.astype(np.float32)).T
+        slope_bias = error.sum(axis=0) + slope_target.sum(axis=0)
+        return value, np.concatenate([(((slope + l2 * weight) @ axes) * stretch).ravel(), slope_bias])
+
+    first = start.weight / start.scale.astype(np.float64)
+    flat = minimize(
+        loss,
+        np.concatenate([((first @ axes) / stretch).ravel(), start.bias - first @ start.mean]),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": STEPS, "maxcor": 20, "gtol": 1e-6, "ftol": 1e-8},
+    ).x
+    weight, bias = head_of(flat)
+    return Head(weight.astype(np.float32), bias.astype(np.float32), from_target.mean, from_target.scale)
+
+
+def _covariance(x: Features, centred: _Affine | None, shares: Floats) -> Floats:
+    """Second moments [d, d] of the rows, mapped if there is a map; float32 products, summed in float64."""
+    total = np.zeros((x.shape[1], x.shape[1]))
+    for rows in _blocks(x.shape):
+        block = x[rows] if centred is None else centred(x[rows])
+        total += (block * shares[rows, None].astype(np.float32)).T @ block
+    return (total + total.T) / 2
+
+
+def _shrunk(covariance: Floats) -> Floats:
+    """0.9 of a covariance and 0.1 of its diagonal, in which a dead dimension counts as a faint one.
+
+    So it can be inverted however few the rows are, and chance correlations of a thousand dimensions do not
+    decide where the source is mapped.
+    """
+    variances = np.diag(covariance)
+    kept = np.maximum(variances, max(DEAD**2 * variances.mean(), TINY))
+    return CORRELATED * covariance + (1 - CORRELATED) * np.diag(kept)
+
+
+def _power(matrix: Floats, exponent: float) -> Floats:
+    """A power of a symmetric, positive definite matrix."""
+    values, axes = np.linalg.eigh(matrix)
+    result: Floats = (axes * values**exponent) @ axes.T
+    return result
+
+
+def _components(covariance: Floats, count: int) -> Floats:
+    """The ``count`` principal axes, [d, count]."""
+    from scipy.linalg import eigh
+
+    d = len(covariance)
+    axes: Floats = eigh(covariance, subset_by_index=(d - count, d - 1))[1]
+    return axes
+
+
+def _check_target(source: Source, target: Features, known: Known) -> None:
+    """Raise ValueError if the target does not fit the source, or the known rows the target."""
+    shape, k = source.features.shape, source.targets.shape[1]
+    if target.ndim != 2 or target.shape[1] != shape[1] or min(len(target), shape[0]) < 2:
+        raise ValueError(
+            f"target {target.shape} does not fit source {shape}: two rows each, of the same dimensions"
+        )
+    if not all(np.isfinite(target[rows]).all() for rows in _blocks(target.shape)):
+        raise ValueError("target features that are not finite numbers")
+    if known is None:
+        return
+    positions, targets = known
+    if positions.ndim != 1 or targets.shape != (len(positions), k):
+        raise ValueError(f"known rows {positions.shape} and targets {targets.shape} do not fit {k} classes")
+    if len(positions) and (positions.min() < 0 or positions.max() >= len(target)):
+        raise ValueError(f"known rows {positions.min()}..{positions.max()} beyond {len(target)} target rows")
+    if len(np.unique(positions)) != len(positions):
+        raise ValueError("known rows that are named twice")
