@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-fast lint format bench-features bench-finetune bench-few-labels bench-sentiment reference lock clean
+.PHONY: help setup demo test test-fast lint format bench-features bench-finetune bench-few-labels bench-sentiment bench-adaptation reference lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,9 @@ bench-finetune: $(READY) ## measure fine-tuning against plain loops, timm and Tr
 
 bench-few-labels: $(READY) ## measure quality over the number of labels (after running the -tuned recipes)
 	python benchmarks/few_labels.py
+
+bench-adaptation: $(READY) ## measure every way to adapt on every pair of domains (after make demo)
+	python benchmarks/adaptation.py
 
 bench-sentiment: $(READY) ## compare sentiment with rules (after both sentiment recipes have run)
 	python benchmarks/sentiment.py

@@ -14,7 +14,7 @@ from tests.conftest import Project, clone
 
 pytestmark = pytest.mark.slow
 
-DERIVED = ("manifest", "weights", "features", "model", "evidence")
+DERIVED = ("manifest", "truth", "weights", "features", "model", "evidence")
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -105,14 +105,14 @@ def test_one_recipes_change_leaves_the_other_recipe_alone(finished: Project) -> 
     assert "moods: nothing changed, nothing done" in printed
 
 
-def answers_of_the_candidate(project: Project, rows: pd.DataFrame) -> pd.DataFrame:
+def answers_of_the_candidate(project: Project, rows: pd.DataFrame, name: str = "moods") -> pd.DataFrame:
     """What the registered model says of texts, in a process that may not load a pickle."""
     rows[["text"]].to_parquet(project.root / "rows.parquet")
     project.ok(
         "python",
         "-c",
         "import mlflow, pandas as pd\n"
-        "model = mlflow.pyfunc.load_model('models:/moods@candidate')\n"
+        f"model = mlflow.pyfunc.load_model('models:/{name}@candidate')\n"
         "model.predict(pd.read_parquet('rows.parquet')).to_parquet('answers.parquet')",
         extra={
             "MLFLOW_TRACKING_URI": f"sqlite:///{project.root}/mlflow.db",
@@ -120,6 +120,25 @@ def answers_of_the_candidate(project: Project, rows: pd.DataFrame) -> pd.DataFra
         },
     )
     return pd.read_parquet(project.root / "answers.parquet")
+
+
+def test_a_domain_without_labels_is_adapted_to_registered_and_served(finished: Project) -> None:
+    text = (finished.root / "recipes/moods.yaml").read_text()
+    text = text.replace('"adapter": "table"', '"adapter": "table", "target_domain": "b"')
+    recipe = finished.root / "recipes/shops.yaml"
+    recipe.write_text(text.replace("train: {}", 'train: {"method": "domain_adaptation"}'))
+    printed = finished.ok("headstart", "run", "recipes/shops.yaml")
+    assert "registered as shops version 1" in printed
+    assert "shops: nothing changed, nothing done" in finished.ok("headstart", "run", "recipes/shops.yaml")
+    manifest = pd.read_parquet(finished.root / "manifest/shops/manifest.parquet")
+    assert set(manifest.loc[manifest["domain"] == "b", "label"]) == {""}
+    metrics = json.loads((finished.root / "evidence/shops/metrics.json").read_text())
+    assert set(metrics["test_by_domain"]) == {"b"}
+    expected = pd.read_parquet(finished.root / "model/shops/predictions.parquet")
+    rows = expected[expected["domain"] == "b"].merge(manifest[["id", "text"]], on="id")
+    answers = answers_of_the_candidate(finished, rows, "shops")
+    columns = ["p:happy", "p:unhappy"]
+    assert (answers[columns] - rows[columns]).abs().to_numpy().max() < 2e-2  # bfloat16 has 8 bits
 
 
 def test_the_registered_model_predicts_what_training_predicted_and_holds_no_pickle(finished: Project) -> None:

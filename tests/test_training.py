@@ -247,6 +247,7 @@ def test_adaptation_mends_what_a_moved_domain_breaks(tmp_path: Path) -> None:
     assert accuracy_on_target(layout, truth) < 0.7  # it calls all of them yes
     train(cached.adapting(), layout)
     assert model(layout)["adaptation"] == "standardised_self_training"
+    assert "the target has moved" in str(model(layout)["reason"])
     assert accuracy_on_target(layout, truth) > 0.75
     predictions = pd.read_parquet(layout.model / "predictions.parquet")
     target = (predictions["domain"] == "west").to_numpy()
@@ -289,3 +290,16 @@ def test_a_target_without_rows_is_an_error(tmp_path: Path) -> None:
     layout = cached.write(tmp_path)
     with pytest.raises(HeadstartError, match="the target domain has no rows to adapt to"):
         train(cached.adapting(), layout)
+
+
+def test_a_domain_that_has_not_moved_is_not_standardised(tmp_path: Path) -> None:
+    layout, _ = cached.shifted(tmp_path)
+    features = np.load(layout.features / "features.npy")
+    west = (cached.manifest()["domain"] == "west").to_numpy()
+    features[west] = (features[west] - 4) / 1.5
+    np.save(layout.features / "features.npy", features)
+    train(cached.adapting(), layout)
+    assert model(layout)["adaptation"] == "self_training"
+    assert "has not moved far" in str(model(layout)["reason"])
+    train(cached.adapting(adaptation="coral"), layout)
+    assert model(layout)["reason"] == "named in the recipe"

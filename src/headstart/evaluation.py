@@ -199,7 +199,7 @@ def _summary(
 ) -> str:
     """The page for a reader.
 
-    ``counts`` is int[k, k]: rows of the test by true and predicted class. ``blind``: none is of the target domain.
+    ``counts`` is int[k, k]: rows of the test by true and predicted class. ``blind``: no target row is known.
     """
     test, val = metrics["test"], metrics["val"]
     share = f"{recipe.evaluate.confidence:.0%}"

@@ -180,7 +180,8 @@ class Train(Block):
     l2: list[float] = Field(default=[1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0], min_length=1)
     """L2 penalties to try; validation log-loss chooses."""
     adaptation: Adaptation | None = None
-    """How `domain_adaptation` adapts; by default ``standardised_self_training``."""
+    """How `domain_adaptation` adapts; by default ``self_training``, after standardising where the target has
+    moved."""
     head_first: bool = True
     """Start from the head that fits the frozen features best, instead of a random one."""
     epochs: int = Field(default=3, ge=1)

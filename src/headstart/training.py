@@ -174,11 +174,12 @@ class Adapted:
     source: Frozen  # what the labels alone would give
     head: Head
     method: str
+    reason: str
 
     @property
     def said(self) -> dict[str, Any]:
-        """How it was adapted, from what."""
-        return {"adaptation": self.method} | self.source.said
+        """How it was adapted and why, from what."""
+        return {"adaptation": self.method, "reason": self.reason} | self.source.said
 
     @property
     def chosen(self) -> str:
@@ -266,9 +267,12 @@ def adapted(examples: Examples, choices: Train, train: Rows, val: Rows) -> Adapt
     target = _finite(examples, examples.unlabelled("train", "val"))
     if len(target) < 2:
         raise HeadstartError("the target domain has no rows to adapt to", do="add rows of the target domain")
-    method = choices.adaptation or "standardised_self_training"
+    if choices.adaptation:
+        method, reason = choices.adaptation, "named in the recipe"
+    else:
+        method, reason = adaptation.choose(frozen.head, examples.features[val], target)
     head = adaptation.adapt(method, source, target, frozen.penalty, seed=choices.seed)
-    return Adapted(frozen, head, method)
+    return Adapted(frozen, head, method, reason)
 
 
 def begin(
