@@ -225,3 +225,13 @@ def test_of_a_target_without_labels_the_page_says_that_nothing_is_known(tmp_path
     assert "No label of the target domain, west, is known" in page
     evaluate(cached.adapting(), put_aside(tmp_path / "other", labelled=True))
     assert "No label" not in (Layout(tmp_path / "other", "case").evidence / "summary.md").read_text()
+
+
+def test_the_page_tells_of_the_shift(tmp_path: Path) -> None:
+    layout = put_aside(tmp_path, labelled=True)
+    path = layout.model / "model.json"
+    shift = {"adaptation": "coral", "reason": "named in the recipe", "shift": {"words": ["It has moved."]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | shift))
+    evaluate(cached.adapting(), layout)
+    page = (layout.evidence / "summary.md").read_text()
+    assert "## The shift\n\n- It has moved.\n\nAdapted by `coral`: named in the recipe.\n" in page

@@ -92,3 +92,9 @@ def test_more_folds_than_groups_of_a_class_are_refused(tmp_path: Path) -> None:
     with pytest.raises(HeadstartError, match="too few groups for 9 folds") as caught:
         cross_validate(QUICK, layout, folds=9)
     assert caught.value.do.startswith("use at most 4 folds")
+
+
+def test_adaptation_is_not_cross_validated(tmp_path: Path) -> None:
+    layout, _ = cached.shifted(tmp_path)
+    with pytest.raises(HeadstartError, match="those of the target domain are put aside"):
+        cross_validate(cached.adapting(), layout)

@@ -248,6 +248,7 @@ def test_adaptation_mends_what_a_moved_domain_breaks(tmp_path: Path) -> None:
     train(cached.adapting(), layout)
     assert model(layout)["adaptation"] == "standardised_self_training"
     assert "the target has moved" in str(model(layout)["reason"])
+    assert "The features have shifted" in model(layout)["shift"]["words"][0]  # type: ignore[index]
     assert accuracy_on_target(layout, truth) > 0.75
     predictions = pd.read_parquet(layout.model / "predictions.parquet")
     target = (predictions["domain"] == "west").to_numpy()

@@ -46,6 +46,7 @@ def evaluate(recipe: Recipe, layout: Layout) -> None:
         HeadstartError: there are no predictions, or they are not of the model beside them.
     """
     rows, classes, blind = _predictions(layout.model, layout.truth)
+    model = json.loads((layout.model / "model.json").read_text(encoding="utf-8"))
     probabilities = rows[[f"p:{name}" for name in classes]].to_numpy(np.float64)
     test = (rows["split"] == "test").to_numpy()
     measured = {
@@ -73,7 +74,7 @@ def evaluate(recipe: Recipe, layout: Layout) -> None:
         counts = pd.crosstab(
             pd.Categorical(actual, classes), pd.Categorical(predicted, classes), dropna=False
         ).to_numpy()
-        summary = _summary(recipe, metrics, classes, counts, blind)
+        summary = _summary(recipe, metrics, classes, counts, blind) + _adaptation(model)
         (folder / "summary.md").write_text(summary, encoding="utf-8")
 
 
@@ -252,6 +253,15 @@ def _summary(
             f"- Fewer than {FEW_GROUPS} groups: {', '.join(few)}. Their intervals are rough; more groups, "
             "not more rows, would settle it."
         )
+    return "\n".join(lines) + "\n"
+
+
+def _adaptation(model: dict[str, Any]) -> str:
+    """How the domains differ and what was done about it; empty of a model that was not adapted."""
+    if "shift" not in model:
+        return ""
+    lines = ["", "## The shift", "", *(f"- {words}" for words in model["shift"]["words"]), ""]
+    lines.append(f"Adapted by `{model['adaptation']}`: {model['reason']}.")
     return "\n".join(lines) + "\n"
 
 

@@ -47,6 +47,12 @@ def cross_validate(
     Raises:
         HeadstartError: fewer groups (or rows) of a class than folds, or whatever ``train`` raises.
     """
+    if recipe.train.method == "domain_adaptation":
+        raise HeadstartError(
+            "cross-validation needs the label of every row, and those of the target domain are put aside",
+            where="validate.target_domain",
+            do="see `headstart run`'s own evidence, or measure the recipe without a target domain",
+        )
     examples = load(recipe, layout)
     _enough(examples, folds, random_folds)
     everything = np.arange(len(examples.truth))

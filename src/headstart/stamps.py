@@ -38,6 +38,8 @@ MODULES = (
     "precision",
     "recipe",
     "schedules",
+    "shifts",
+    "splits",
     "stamps",
     "texts",
     "training",

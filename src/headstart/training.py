@@ -26,6 +26,7 @@ from headstart.recipe import Recipe, Train
 
 if TYPE_CHECKING:
     from headstart.finetuning import Tuning
+    from headstart.shifts import Diagnosis
 
 Rows = NDArray[np.int64]
 
@@ -175,11 +176,28 @@ class Adapted:
     head: Head
     method: str
     reason: str
+    shift: Diagnosis
 
     @property
     def said(self) -> dict[str, Any]:
-        """How it was adapted and why, from what."""
-        return {"adaptation": self.method, "reason": self.reason} | self.source.said
+        """How it was adapted and why, from what, and how the domains differ."""
+        shift = self.shift
+        numbers = {
+            "separability": shift.separability.value,
+            "mmd": shift.mmd,
+            "mmd_p": shift.mmd_p,
+            "location": shift.location,
+            "ordered": shift.ordered,
+        }
+        told = {name: round(value, 4) if np.isfinite(value) else None for name, value in numbers.items()}
+        shares = {"source": shift.label_shift.source_prior, "target": shift.label_shift.prior}
+        return {
+            "adaptation": self.method,
+            "reason": self.reason,
+            "shift": told
+            | {f"{side}_shares": [round(float(s), 4) for s in of] for side, of in shares.items()}
+            | {"words": shift.words},
+        } | self.source.said
 
     @property
     def chosen(self) -> str:
@@ -259,12 +277,13 @@ def adapted(examples: Examples, choices: Train, train: Rows, val: Rows) -> Adapt
     Raises:
         HeadstartError: as for ``train``.
     """
-    from headstart import adaptation
+    from headstart import adaptation, shifts
 
     frozen = Frozen(examples, *fit_rows(examples, choices, train, val))
     targets, weights = labels(examples, choices, train)
     source = adaptation.Source(_finite(examples, train), targets[train], weights[train])
-    target = _finite(examples, examples.unlabelled("train", "val"))
+    there = examples.unlabelled("train", "val")
+    target = _finite(examples, there)
     if len(target) < 2:
         raise HeadstartError("the target domain has no rows to adapt to", do="add rows of the target domain")
     if choices.adaptation:
@@ -272,7 +291,19 @@ def adapted(examples: Examples, choices: Train, train: Rows, val: Rows) -> Adapt
     else:
         method, reason = adaptation.choose(frozen.head, examples.features[val], target)
     head = adaptation.adapt(method, source, target, frozen.penalty, seed=choices.seed)
-    return Adapted(frozen, head, method, reason)
+    groups = examples.manifest["group"].to_numpy()
+    shift = shifts.diagnose(
+        examples.features[val],
+        examples.truth[val],
+        groups[val],
+        frozen.probabilities(val),
+        target,
+        groups[there],
+        frozen.head.probabilities(target),
+        examples.classes,
+        seed=choices.seed,
+    )
+    return Adapted(frozen, head, method, reason, shift)
 
 
 def begin(

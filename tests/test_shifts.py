@@ -1,0 +1,643 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax, ndtr, ndtri, softmax
+from scipy.stats import kstest
+from threadpoolctl import threadpool_limits
+
+from headstart.shifts import (
+    bbse,
+    calibrated,
+    diagnose,
+    label_shift,
+    location,
+    mlls,
+    mmd,
+    ordered,
+    reweighted,
+    separability,
+)
+
+GAP = 2.0  # between the means of two classes of one deviation
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread_of_blas() -> Iterator[None]:
+    """Thousands of small products: two workers with two threads each would fight over two cores."""
+    with threadpool_limits(1):
+        yield
+
+
+def two_classes(n: int, second: float, chance: Any, source_second: float = 0.3) -> tuple[Any, Any]:
+    """True classes, the second with a share of the rows, and what is exactly right to say at the source."""
+    truth = (chance.random(n) < second).astype(int)
+    x = chance.normal(size=n) + GAP * truth
+    odds = GAP * x - GAP**2 / 2 + np.log(source_second / (1 - source_second))
+    return truth, softmax(np.stack([np.zeros(n), odds], axis=1), axis=1)
+
+
+def distorted(p: Any, temperature: float, bias: Any) -> Any:
+    """What bias-corrected temperature scaling by ``temperature`` and ``bias`` makes right again."""
+    return softmax(temperature * (np.log(p) - bias), axis=1)
+
+
+# --- can the sides be told apart?
+
+
+def test_sides_of_one_distribution_are_inseparable_and_the_interval_says_so() -> None:
+    found = []
+    for seed in range(40):
+        chance = np.random.default_rng(seed)
+        found.append(separability(chance.normal(size=(120, 4)), chance.normal(size=(160, 4)), seed=seed))
+    assert np.mean([interval.value for interval in found]) == pytest.approx(0.5, abs=0.02)
+    assert sum(interval.low <= 0.5 <= interval.high for interval in found) >= 36
+
+
+@pytest.mark.parametrize("gap", [0.5, 1.0, 2.0])
+def test_separability_of_two_gaussians_is_the_auroc_that_theory_gives(gap: float) -> None:
+    chance = np.random.default_rng(1)
+    source, target = chance.normal(size=(2, 1500, 3))
+    target[:, 1] += gap
+    found = separability(source * [1, 20, 0.1], target * [1, 20, 0.1] + 0)
+    expected = ndtr(gap / np.sqrt(2))
+    assert found.value == pytest.approx(expected, abs=0.02)
+    assert found.low <= expected <= found.high
+    assert found.high - found.low < 0.08
+
+
+def test_rows_that_are_all_the_same_are_inseparable() -> None:
+    same = np.full((20, 3), 7.0)
+    assert separability(same, same).value == 0.5
+    assert mmd(same, same) == (pytest.approx(0, abs=1e-12), 1.0)
+    assert np.isnan(location(same, same))
+
+
+def test_groups_that_resemble_themselves_do_not_pass_for_a_shift() -> None:
+    chance = np.random.default_rng(0)
+    group = np.repeat(np.arange(40), 10)
+    rows = chance.normal(size=(40, 30))[group] + 0.1 * chance.normal(size=(400, 30))
+    source, target = rows[:200], rows[200:]
+    assert separability(source, target).low > 0.8
+    whole = separability(source, target, (group[:200], group[200:]))
+    assert whole.low <= 0.5 <= whole.high
+
+
+def test_a_group_on_both_sides_is_never_learnt_and_judged_at_once() -> None:
+    """The same things seen on either side: one that was learnt makes its twin look like the other side."""
+    chance = np.random.default_rng(0)
+    things = chance.normal(size=(60, 100))
+    pair = np.arange(60)
+    tied = separability(things, things + 1e-3, (pair, pair))
+    assert separability(things, things + 1e-3, (pair, pair + 60)).high < tied.low
+
+
+def test_a_memory_map_gives_what_an_array_gives_and_the_seed_decides_the_rows(tmp_path: Path) -> None:
+    chance = np.random.default_rng(0)
+    source, target = chance.normal(size=(2, 500, 5)).astype(np.float16)
+    np.save(tmp_path / "x.npy", source)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    target[:, 0] += target[:, 1] + np.float16(0.3)
+    measures: list[Any] = [separability, mmd, location]
+    for measure in measures:
+        first, again, other = (
+            measure(x, target, seed=seed, rows=200) for x, seed in ((source, 3), (mapped, 3), (source, 4))
+        )
+        assert first == again != other
+
+
+def test_mmd_of_four_numbers_is_what_one_computes_by_hand() -> None:
+    """Distances 1, 1, 2, 3, 3, 4: median 2.5. Of three ways to deal two and two, none is further apart."""
+    value, p = mmd(np.array([[0.0], [1.0]]), np.array([[3.0], [4.0]]), permutations=999)
+    kernel = {distance: np.exp(-(distance**2) / (2 * 2.5**2)) for distance in (1, 2, 3, 4)}
+    assert value == pytest.approx(
+        kernel[1] + kernel[1] - 2 * (kernel[2] + 2 * kernel[3] + kernel[4]) / 4, abs=1e-12
+    )
+    assert p == pytest.approx(1 / 3, abs=0.05)
+
+
+def test_mmd_is_unbiased_and_its_p_value_uniform_without_a_shift() -> None:
+    chance = np.random.default_rng(0)
+    found = [mmd(*chance.normal(size=(2, 40, 3)), seed=seed, permutations=99) for seed in range(150)]
+    values, p = np.array(found).T
+    assert (values < 0).any()
+    assert abs(values.mean()) < 3 * values.std() / np.sqrt(len(values))
+    assert kstest(p, "uniform").pvalue > 0.01
+    assert p.min() >= 0.01
+
+
+def test_mmd_sees_what_no_linear_classifier_sees() -> None:
+    chance = np.random.default_rng(0)
+    source, target = chance.normal(size=(2, 300, 4))
+    target *= 2
+    blind = separability(source, target)
+    assert blind.low <= 0.5 <= blind.high
+    value, p = mmd(source, target)
+    assert value > 0.01
+    assert p < 0.01
+
+
+def test_mmd_does_not_take_few_groups_of_many_rows_for_a_shift() -> None:
+    by_rows, by_groups = [], []
+    for seed in range(40):
+        chance = np.random.default_rng(seed)
+        group = np.repeat(np.arange(16), 8)
+        rows = chance.normal(size=(16, 3))[group] + 0.3 * chance.normal(size=(128, 3))
+        sides = (rows[:64], rows[64:])
+        by_rows.append(mmd(*sides, permutations=99)[1])
+        by_groups.append(mmd(*sides, (group[:64], group[64:]), permutations=99)[1])
+    assert np.mean(np.array(by_rows) <= 0.05) > 0.8
+    assert np.mean(np.array(by_groups) <= 0.05) < 0.15
+
+
+def test_one_group_on_a_side_cannot_tell() -> None:
+    chance = np.random.default_rng(0)
+    source, target = chance.normal(size=(2, 30, 2))
+    groups = (np.arange(30), np.zeros(30))
+    apart = separability(source, target, groups)
+    assert np.isnan([apart.value, apart.low, apart.high, *mmd(source, target, groups)]).all()
+    assert np.isnan(location(source, target, groups))
+
+
+# --- class shares
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_class_shares_of_the_target_are_recovered(share: float) -> None:
+    chance = np.random.default_rng(0)
+    truth, source = two_classes(4000, 0.3, chance)
+    _, target = two_classes(4000, share, chance)
+    for found in (
+        mlls(np.array([0.7, 0.3]), target),
+        bbse(truth, source, target),
+        bbse(truth, source, target, soft=False),
+        label_shift(truth, None, source, target, resamples=2).prior,
+        label_shift(truth, None, source, target, method="bbse", resamples=2).prior,
+    ):
+        assert found.sum() == pytest.approx(1)
+        assert found[1] == pytest.approx(share, abs=0.05)
+
+
+def test_a_hard_confusion_matrix_counts_top_classes_and_a_soft_one_averages() -> None:
+    """Of class 0 the classifier names 3 in 4 rightly, of class 1 all; it names class 0 on half the target."""
+    truth = np.array([0, 0, 0, 0, 1, 1])
+    source = np.array([[0.9, 0.1], [0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.2, 0.8], [0.4, 0.6]])
+    target = np.array([[0.6, 0.4], [0.1, 0.9]])
+    assert bbse(truth, source, target, soft=False)[0] == pytest.approx(0.5 / 0.75)
+    # On average 0.75 and 0.3 for class 0, and 0.35 on the target.
+    assert bbse(truth, source, target)[0] == pytest.approx((0.35 - 0.3) / (0.75 - 0.3))
+
+
+def test_shares_of_many_classes_are_recovered_even_where_one_is_gone() -> None:
+    chance = np.random.default_rng(0)
+    wanted = np.array([0.0, 0.05, 0.25, 0.7])
+
+    def draw(shares: Any) -> tuple[Any, Any]:
+        truth = chance.choice(4, size=5000, p=shares)
+        x = chance.normal(size=(5000, 4)) + 1.5 * np.eye(4)[truth]
+        return truth, softmax(1.5 * x, axis=1)
+
+    truth, source = draw(np.full(4, 0.25))
+    _, target = draw(wanted)
+    assert mlls(np.full(4, 0.25), target) == pytest.approx(wanted, abs=0.05)
+    assert bbse(truth, source, target) == pytest.approx(wanted, abs=0.05)
+
+
+def test_mlls_finds_the_most_likely_shares_even_where_classes_hardly_differ() -> None:
+    """Two thousand plain steps of expectation maximisation end 0.03 short; here every share is tried."""
+    logs = 0.05 * np.random.default_rng(0).normal(size=500)
+    logs -= logs.mean()  # so that neither class alone is best
+    p = softmax(np.stack([np.full(500, np.log(0.6)), np.log(0.4) + logs], axis=1), axis=1)
+    shares = np.linspace(0, 1, 10_001)
+    likelihood = np.log(p[:, :1] * (1 - shares) / 0.6 + p[:, 1:] * shares / 0.4).mean(axis=0)
+    assert mlls(np.array([0.6, 0.4]), p)[1] == pytest.approx(shares[likelihood.argmax()], abs=2e-3)
+
+
+def test_calibration_recovers_a_known_temperature_and_bias() -> None:
+    chance = np.random.default_rng(0)
+    logits = chance.normal(size=(40_000, 3)) * 1.5
+    right = softmax(logits, axis=1)
+    truth = (chance.random((40_000, 1)) > right.cumsum(axis=1)).sum(axis=1)
+    wrong = distorted(right, 2.5, np.array([0.5, -0.5, 0.2]))
+    found = calibrated(truth, wrong, wrong)
+    # log found = log wrong / T + b, up to a constant per row: the columns' differences give both.
+    before, after = np.diff(np.log(wrong), axis=1), np.diff(np.log(found), axis=1)
+    for column, bias in ((0, -1.0), (1, 0.7)):
+        slope, offset = np.polyfit(before[:, column], after[:, column], 1)
+        assert 1 / slope == pytest.approx(2.5, abs=0.08)
+        assert offset == pytest.approx(bias, abs=0.05)
+    assert found == pytest.approx(right, abs=0.03)
+    assert found.mean(axis=0) == pytest.approx(np.bincount(truth) / 40_000, abs=1e-4)
+
+
+def test_calibration_lowers_no_likelihood_and_counts_a_weight_as_copies() -> None:
+    chance = np.random.default_rng(0)
+    truth, p = two_classes(300, 0.4, chance)
+    p = distorted(p, 0.4, np.array([1.0, 0.0]))
+    times = chance.integers(0, 4, 300)
+    copied = calibrated(np.repeat(truth, times), np.repeat(p, times, axis=0), p)
+    assert calibrated(truth, p, p, times.astype(float)) == pytest.approx(copied, abs=1e-5)
+    rows = np.arange(300)
+    best = np.log(calibrated(truth, p, p)[rows, truth]).sum()
+    for slope in (0.3, 1.0, 2.0, 2.5, 3.0):
+        for bias in (-1.0, 0.0, 1.0, 2.0):
+            other = log_softmax(slope * np.log(p) + [0, bias], axis=1)[rows, truth].sum()
+            assert best > other - 0.05  # the wide prior costs less than this
+
+
+def test_classes_told_apart_perfectly_leave_calibration_finite() -> None:
+    truth = np.arange(50) % 2
+    p = np.where(np.eye(2)[truth] == 1, 0.8, 0.2)
+    found = calibrated(truth, p, np.array([[0.8, 0.2], [0.5, 0.5], [1.0, 0.0]]))
+    assert np.isfinite(found).all()
+    assert found[0, 0] > 0.98
+    assert found[1, 0] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_miscalibrated_probabilities_mislead_mlls_but_not_label_shift() -> None:
+    chance = np.random.default_rng(0)
+    truth, source = two_classes(4000, 0.3, chance)
+    _, target = two_classes(4000, 0.6, chance)
+    source, target = (distorted(p, 3, np.array([0.0, 1.0])) for p in (source, target))
+    assert abs(mlls(np.array([0.7, 0.3]), target)[1] - 0.6) > 0.1
+    for method in ("mlls", "bbse"):
+        found = label_shift(truth, None, source, target, method=method, resamples=2)
+        assert found.prior[1] == pytest.approx(0.6, abs=0.05)
+        assert found.method == method
+
+
+@pytest.mark.parametrize(("method", "share"), [("mlls", 0.6), ("bbse", 0.6), ("bbse", 0.2)])
+def test_intervals_cover_the_true_share(method: str, share: float) -> None:
+    covered = 0
+    for seed in range(40):
+        chance = np.random.default_rng([seed, 7])
+        truth, source = two_classes(150, 0.3, chance)
+        _, target = two_classes(150, share, chance)
+        source, target = (distorted(p, 2, np.array([0.0, 0.5])) for p in (source, target))
+        found = label_shift(truth, None, source, target, method=method, resamples=80, seed=seed)
+        assert (found.low <= found.prior).all() and (found.prior <= found.high).all()
+        covered += bool(found.low[1] <= share <= found.high[1])
+    assert covered >= 32
+
+
+def test_whole_groups_are_resampled_so_intervals_cover_where_rows_are_near_copies() -> None:
+    covered, ignorant = 0, 0
+    group = np.repeat(np.arange(40), 8)
+    for seed in range(40):
+        chance = np.random.default_rng([seed, 8])
+        truth, source = two_classes(40, 0.3, chance)
+        _, target = two_classes(40, 0.6, chance)
+        rows = truth[group], source[group], target[group]
+        found = label_shift(
+            rows[0], group, *rows[1:], target_groups=group, method="bbse", resamples=100, seed=seed
+        )
+        plain = label_shift(rows[0], None, *rows[1:], method="bbse", resamples=100, seed=seed)
+        covered += bool(found.low[1] <= 0.6 <= found.high[1])
+        ignorant += bool(plain.low[1] <= 0.6 <= plain.high[1])
+    assert covered >= 32 > ignorant
+
+
+def test_the_same_seed_gives_the_same_intervals_and_one_group_gives_none() -> None:
+    chance = np.random.default_rng(0)
+    truth, source = two_classes(200, 0.3, chance)
+    _, target = two_classes(200, 0.6, chance)
+    first, again, other = (
+        label_shift(truth, None, source, target, resamples=20, seed=seed) for seed in (0, 0, 1)
+    )
+    assert (first.low == again.low).all() and (first.high == again.high).all()
+    assert first.low[1] != other.low[1]
+    assert first.source_prior == pytest.approx(np.bincount(truth) / 200)
+    assert first.shown
+    alone = label_shift(truth, None, source, target, target_groups=np.zeros(200), resamples=20)
+    assert alone.prior == pytest.approx(first.prior)
+    assert np.isnan(alone.low).all() and np.isnan(alone.high).all()
+    assert not alone.shown
+
+
+def test_other_class_shares_give_exactly_what_bayes_rule_gives() -> None:
+    chance = np.random.default_rng(0)
+    likely = chance.dirichlet(np.ones(6), size=3)  # chance of each of six values, by class
+    before, after = np.array([0.2, 0.3, 0.5]), np.array([0.6, 0.4, 0.0])
+    posteriors = [(likely * prior[:, None] / (prior @ likely)).T for prior in (before, after)]
+    assert reweighted(posteriors[0], before, after) == pytest.approx(posteriors[1], abs=1e-12)
+    assert reweighted(posteriors[0], before, before) == pytest.approx(posteriors[0], abs=1e-12)
+    impossible = reweighted(np.array([[0.0, 0.0, 1.0]]), before, after)
+    assert impossible == pytest.approx(after[None])
+
+
+# --- what kind of shift
+
+
+def test_a_move_and_a_stretch_are_all_location() -> None:
+    chance = np.random.default_rng(0)
+    source, target = (chance.normal(size=(500, 6)) @ np.triu(np.ones((6, 6))) for _ in range(2))
+    assert location(source, target * np.linspace(0.5, 2, 6) + np.arange(6)) > 0.95
+
+
+def test_a_quarter_turn_of_pairs_of_dimensions_is_no_location() -> None:
+    """Each dimension keeps its mean and deviation; each pair's correlation of 0.8 becomes -0.8."""
+    chance = np.random.default_rng(0)
+    source, target = chance.normal(size=(2, 600, 3, 2)) @ np.linalg.cholesky([[1, 0.8], [0.8, 1]]).T
+    target = target @ np.array([[0, 1], [-1, 0]])
+    assert location(source.reshape(600, 6) + 5, target.reshape(600, 6) + 5) < 0.05
+
+
+def test_the_share_is_of_the_squared_distance_that_theory_gives() -> None:
+    """Of a move and a turn at once: the best classifiers before and after standardising are known."""
+    chance = np.random.default_rng(0)
+    turn = np.array([[0, 1], [-1, 0]])
+    factor = np.linalg.cholesky([[1, 0.6], [0.6, 1]]).T
+    source, target = chance.normal(size=(2, 2000, 2)) @ factor
+    target = target @ turn
+
+    def distance(move: float) -> float:
+        """Squared d' of the likelihood ratio, from 200,000 draws."""
+        x, y = chance.normal(size=(2, 200_000, 2)) @ factor
+        inverse = np.linalg.inv([[1, 0.6], [0.6, 1]])
+
+        def score(z: Any) -> Any:
+            moved = (z - move) @ turn.T
+            return ((z @ inverse) * z).sum(axis=1) - ((moved @ inverse) * moved).sum(axis=1)
+
+        ranks = np.argsort(np.argsort(np.concatenate([score(x), score(y @ turn + move)])))
+        auroc = (ranks[200_000:].sum() / 2e5 - (2e5 - 1) / 2) / 2e5
+        return float(ndtri(auroc)) ** 2
+
+    expected = 1 - distance(0) / distance(1)
+    assert 0.3 < expected < 0.7
+    assert location(source, target + 1) == pytest.approx(expected, abs=0.08)
+
+
+def test_what_turns_among_many_dimensions_is_found_in_their_main_components() -> None:
+    chance = np.random.default_rng(0)
+    latent = chance.normal(size=(2, 800, 2)) @ np.linalg.cholesky([[1, 0.9], [0.9, 1]]).T
+    latent[1] = latent[1] @ np.array([[0, 1], [-1, 0]])
+    source, target = latent @ chance.normal(size=(2, 50)) + 0.3 * chance.normal(size=(2, 800, 50))
+    assert location(source, target) < 0.4
+
+
+@pytest.mark.parametrize(("gap", "second"), [(3.0, 0.5), (4.0, 0.2)])
+def test_two_clumps_of_logits_show_how_well_the_classes_are_ranked_whatever_the_threshold(
+    gap: float, second: float
+) -> None:
+    chance = np.random.default_rng(0)
+    clumps = chance.normal(size=3000) + gap * (chance.random(3000) < second)
+    for scale, place in ((1, 0), (0.5, 6), (4, -9)):
+        p = softmax(np.stack([np.zeros(3000), scale * clumps + place], axis=1), axis=1)
+        assert ordered(p) == pytest.approx(ndtr(gap / np.sqrt(2)), abs=0.01)
+
+
+@pytest.mark.parametrize("shape", ["normal", "exponential", "gumbel", "laplace", "t", "lognormal", "spoilt"])
+def test_one_clump_of_any_skew_and_tail_is_no_sign(shape: str) -> None:
+    signs = []
+    for seed in range(10):
+        chance = np.random.default_rng(seed)
+        odds = {
+            "normal": chance.normal(size=800),
+            "exponential": chance.exponential(size=800),
+            "gumbel": chance.gumbel(size=800),
+            "laplace": chance.laplace(size=800),
+            "t": chance.standard_t(4, size=800),
+            "lognormal": chance.lognormal(0, 0.5, size=800),
+            "spoilt": chance.normal(size=800) + (chance.random(800) < 0.2) * chance.normal(1, 2, size=800),
+        }[shape]
+        signs.append(ordered(softmax(np.stack([-odds, odds], axis=1), axis=1)))
+    assert sum(sign > 0.5 for sign in signs) <= 1
+
+
+def test_the_sign_needs_groups_that_agree() -> None:
+    """Two clumps, but each of them a single group: that may be two cameras."""
+    chance = np.random.default_rng(0)
+    odds = chance.normal(size=600) + 5 * np.repeat([0, 1], 300)
+    p = softmax(np.stack([np.zeros(600), odds], axis=1), axis=1)
+    assert ordered(p) > 0.99
+    assert ordered(p, np.repeat([0, 1], 300)) == 0.5
+    assert ordered(p, np.zeros(600)) == 0.5
+
+
+def test_the_sign_of_several_classes_is_the_mean_over_them() -> None:
+    chance = np.random.default_rng(0)
+    truth = chance.integers(0, 3, 3000)
+    apart = softmax(chance.normal(size=(3000, 3)) + 8 * np.eye(3)[truth], axis=1)
+    assert ordered(apart) > 0.95
+    assert ordered(softmax(chance.normal(size=(3000, 3)), axis=1)) == 0.5
+
+
+def world(second: float, chance: Any, n: int, gap: float) -> tuple[Any, Any]:
+    """Features [n, 6] whose first dimension tells two classes apart, and the classes."""
+    truth = (chance.random(n) < second).astype(int)
+    x = chance.normal(size=(n, 6))
+    x[:, 0] += gap * truth
+    return x, truth
+
+
+def answers(x: Any, gap: float) -> Any:
+    """The classifier that is exactly right where the second class has a share of 0.3."""
+    odds = gap * x[:, 0] - gap**2 / 2 + np.log(3 / 7)
+    return softmax(np.stack([np.zeros(len(x)), odds], axis=1), axis=1)
+
+
+def diagnosis(
+    second: float, change: Any = None, seed: int = 0, *, groups: Any = None, n: int = 400, gap: float = 4.0
+) -> Any:
+    chance = np.random.default_rng(seed)
+    source, truth = world(0.3, chance, n, gap)
+    target, _ = world(second, chance, n, gap)
+    if change is not None:
+        target = change(target)
+    sides = [(x, groups, answers(x, gap)) for x in (source, target)]
+    return diagnose(source, truth, *sides[0][1:], *sides[1], ["cat", "dog"], seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_without_a_shift_the_words_say_that_none_is_shown(seed: int) -> None:
+    found = diagnosis(0.3, seed=seed)
+    assert found.separability.low <= 0.5 <= found.separability.high
+    assert found.mmd_p > 0.05
+    assert np.isnan(found.location)
+    assert found.words[0].startswith("No shift")
+    assert "label shift" not in " ".join(found.words)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_label_shift_is_called_so_with_its_class_and_share(seed: int) -> None:
+    found = diagnosis(0.7, seed=seed)
+    assert found.label_shift.prior[1] == pytest.approx(0.7, abs=0.05)
+    assert found.predicted[1] == pytest.approx(0.7, abs=0.06)
+    words = " ".join(found.words)
+    assert "looks like label shift" in words
+    assert "'dog' at " in words or "'cat' at " in words
+    assert "not certain" not in words and "Besides" not in words
+    assert "standardising the target by its own moments would hide" in words
+
+
+def test_label_shift_of_classes_that_overlap_is_called_uncertain() -> None:
+    words = " ".join(diagnosis(0.8, gap=1.5).words)
+    assert "looks like label shift" in words
+    assert "That is not certain" in words
+
+
+def test_chance_differences_between_few_rows_are_not_called_a_change() -> None:
+    words = [" ".join(diagnosis(0.3, seed=seed, n=60).words) for seed in range(8)]
+    assert sum("No change in class shares" in found for found in words) >= 7
+    assert sum("label shift" in found for found in words) <= 1
+
+
+def stretched(x: Any) -> Any:
+    return x * 1.5 + 1
+
+
+def moved_aside(x: Any) -> Any:
+    return x + np.array([0, 1.0, 0, 0, 0, 0])
+
+
+def moved_towards_a_class(x: Any) -> Any:
+    return x + np.array([1.5, 0, 0, 0, 0, 0])
+
+
+def turned(x: Any) -> Any:
+    """No mean or deviation moves, but dimensions that were independent go together."""
+    mixed = x.copy()
+    mixed[:, 2:] = 0.3 * x[:, 2:] + np.sqrt(0.91) * x[:, 1:2]
+    return mixed
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("change", [stretched, moved_aside, moved_towards_a_class, turned])
+def test_features_that_changed_within_the_classes_are_not_called_label_shift(change: Any, seed: int) -> None:
+    found = diagnosis(0.3, change, seed)
+    assert found.mmd_p <= 0.05
+    words = " ".join(found.words)
+    assert "label shift" not in words
+    assert "have shifted" in words or "have probably shifted" in words
+    assert (found.location < 1 / 3) == (change is turned)
+    assert ("no matter of location" in words) == (change is turned)
+
+
+def test_a_classifier_that_only_lost_its_threshold_is_recognised() -> None:
+    """Everything is called a dog, and yet the two classes lie as far apart as ever."""
+    found = diagnosis(0.3, lambda x: x + 4)
+    assert found.predicted[1] > 0.95
+    assert found.ordered == pytest.approx(ndtr(4 / np.sqrt(2)), abs=0.01)
+    words = " ".join(found.words)
+    assert "two clumps" in words
+    assert "label shift" not in words
+    assert "do not trust that share" in words
+
+
+def test_label_shift_among_moved_features_is_named_together_with_the_rest() -> None:
+    words = " ".join(diagnosis(0.8, moved_aside).words)
+    assert "looks like label shift" in words
+    assert "Besides, the features have moved" in words
+
+
+def test_class_shares_that_explain_the_answers_but_not_the_features_are_not_to_be_trusted() -> None:
+    words = " ".join(diagnosis(0.8, lambda x: x + np.array([0, 3.0, 3.0, 0, 0, 0])).words)
+    assert "label shift" not in words
+    assert "the classes themselves look different, so do not trust that share" in words
+
+
+def test_few_groups_are_mentioned_and_one_group_tells_nothing() -> None:
+    found = diagnosis(0.3, moved_aside, groups=np.arange(400) % 12)
+    assert "as few as 12 groups" in found.words[-1]
+    alone = diagnosis(0.3, moved_aside, groups=np.zeros(400))
+    assert alone.words[0].startswith("Whether the features have shifted cannot be told")
+    assert "nan" not in " ".join(alone.words)
+    assert len(alone.words) >= 2
+
+
+def test_a_diagnosis_is_short_and_the_same_seed_gives_the_same() -> None:
+    for second, change in ((0.7, moved_aside), (0.3, moved_towards_a_class)):
+        first, again = (diagnosis(second, change, groups=np.arange(400) // 27) for _ in range(2))
+        assert 2 <= len(first.words) <= 5
+        assert first.words == again.words
+        assert (first.separability, first.mmd, first.mmd_p) == (again.separability, again.mmd, again.mmd_p)
+        assert (first.label_shift.low == again.label_shift.low).all()
+
+
+# --- input that makes no sense
+
+X = np.zeros((4, 2)) + np.arange(4)[:, None]
+P = np.full((4, 2), 0.5)
+TRUTH = np.array([0, 1, 0, 1])
+HALVES = np.array([0.5, 0.5])
+
+
+@pytest.mark.parametrize("measure", [separability, mmd, location])
+@pytest.mark.parametrize(
+    ("source", "target", "groups"),
+    [
+        (X[:0], X, None),
+        (X, X[:0], None),
+        (X, X[:, :1], None),
+        (X[:, 0], X[:, 0], None),
+        (X, np.where(X == 2, np.nan, X), None),
+        (X, X, (np.arange(3), np.arange(4))),
+        (X, X, (np.arange(4), np.arange(8).reshape(4, 2))),
+    ],
+)
+def test_features_that_do_not_fit_are_refused(measure: Any, source: Any, target: Any, groups: Any) -> None:
+    with pytest.raises(ValueError, match=r"fit|no rows|finite"):
+        measure(source, target, groups)
+
+
+@pytest.mark.parametrize(
+    ("truth", "source", "target"),
+    [
+        (TRUTH, P, P[:0]),
+        (TRUTH[:0], P[:0], P),
+        (TRUTH[:3], P, P),
+        (TRUTH, P, np.full((4, 3), 1 / 3)),
+        (TRUTH, P, P * 1.1),
+        (TRUTH, P * 0.9, P),
+        (TRUTH, P, np.tile([1.5, -0.5], (4, 1))),
+        (TRUTH, P * np.nan, P),
+        (TRUTH, P, P[0]),
+        (TRUTH + 1, P, P),
+        (TRUTH - 1, P, P),
+        (TRUTH / 1, P, P),
+        (TRUTH * 0, P, P),
+        (TRUTH, np.ones((4, 1)), np.ones((4, 1))),
+    ],
+)
+def test_probabilities_that_do_not_fit_are_refused(truth: Any, source: Any, target: Any) -> None:
+    for estimate in (bbse, calibrated):
+        with pytest.raises(ValueError, match=r"fit|sum to 1|whole numbers|no source rows|not rows over"):
+            estimate(truth, source, target)
+    with pytest.raises(ValueError, match=r"fit|sum to 1|whole numbers|no source rows|not rows over"):
+        label_shift(truth, None, source, target)
+    with pytest.raises(ValueError, match=r"fit|sum to 1|whole numbers|no source rows|not rows over"):
+        diagnose(X[: len(source)], truth, None, source, X[: len(target)], None, target, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: mlls(np.array([1.0, 0.0]), P),
+        lambda: mlls(np.array([0.5, 0.6]), P),
+        lambda: mlls(np.full(3, 1 / 3), P),
+        lambda: mlls(HALVES, P * 2),
+        lambda: reweighted(P, np.array([0.0, 1.0]), HALVES),
+        lambda: reweighted(P, HALVES, np.array([0.5, 0.4])),
+        lambda: reweighted(P[:0], HALVES, HALVES),
+        lambda: ordered(P * 2),
+        lambda: ordered(P, np.arange(3)),
+        lambda: calibrated(TRUTH, P, P, np.zeros(4)),
+        lambda: calibrated(TRUTH, P, P, np.ones(3)),
+        lambda: label_shift(TRUTH, None, P, P, method="guess"),
+        lambda: label_shift(TRUTH, np.arange(3), P, P),
+        lambda: label_shift(TRUTH, None, P, P, target_groups=np.arange(3)),
+        lambda: mmd(X, X, permutations=0),
+        lambda: separability(X, X, rows=0),
+        lambda: diagnose(X, TRUTH, None, P, X, None, P, ["a"]),
+        lambda: diagnose(X[:3], TRUTH, None, P, X, None, P, ["a", "b"]),
+        lambda: diagnose(X, TRUTH, None, P, X[:3], None, P, ["a", "b"]),
+    ],
+)
+def test_arguments_out_of_range_are_refused(call: Any) -> None:
+    with pytest.raises(ValueError, match=r"fit|sum to 1|positive|no method|at least|no rows|not rows over"):
+        call()
