@@ -3,7 +3,8 @@
 Run it with `make bench-finetune`, after `make demo` has brought data and weights. Every way runs in a process
 of its own, one after the other, on the same rows and from the same weights. The clock starts when the imports
 are done and counts everything from there: reading files, for ours also the pass that packs them, measuring on
-the validation rows after each epoch.
+the validation rows after each epoch. `python benchmarks/finetune.py races` measures one part alone, and
+`throughput` the other.
 """
 
 from __future__ import annotations
@@ -473,8 +474,61 @@ def reached(curve: Curve, accuracy: float) -> float:
     return next((seconds for seconds, found in curve if found >= accuracy), float("inf"))
 
 
-def main() -> None:
-    """Measure everything, print the tables, write the figures."""
+def races(run: Callable[[str], Any]) -> dict[str, float]:
+    """Time to the accuracy that the other way ends with, as a ratio: theirs by ours."""
+    figures = {}
+    print("| rows | way | final accuracy | seconds in all | seconds to the accuracy of the other |")
+    print("|---|---|---|---|---|")
+    for kind, other, figure in (
+        ("image", "plain", "image_time_to_accuracy_ratio"),
+        ("image", "timm", "vs_timm_ratio"),
+        ("text", "plain", "text_time_to_accuracy_ratio"),
+        ("many", "trainer", "vs_trainer_ratio"),
+    ):
+        theirs, own = run(f"{kind}/{other}"), run(f"{kind}/ours")
+        goal = theirs[-1][1]
+        times = reached(theirs, goal), reached(own, goal)
+        for label, curve, seconds in ((other, theirs, times[0]), ("ours", own, times[1])):
+            print(
+                f"| {kind} | {label} | {curve[-1][1]:.3f} | {curve[-1][0]:.0f} | {seconds:.0f} |", flush=True
+            )
+        figures[figure] = round(times[0] / times[1], 2)
+    return figures
+
+
+def throughput(run: Callable[[str], Any]) -> dict[str, float]:
+    """Rows per second of a step, ours and the plain loop's, and ours with one thing left out."""
+    figures = {}
+    rounds = [(run("resnet/plain"), run("ResNet-18/")) for _ in range(2)]
+    plain, fast = (float(np.median([pair[i] for pair in rounds])) for i in (0, 1))
+    figures["resnet18_step_speedup"] = round(fast / plain, 2)
+    figures["resnet18_rows_per_second"] = round(fast, 1)
+    a = torch.randn(2048, 2048, dtype=torch.bfloat16)
+    a @ a
+    began = time.monotonic()
+    for _ in range(20):
+        a @ a
+    rate = 20 * 2 * 2048**3 / (time.monotonic() - began) / 1e9
+    figures["resnet18_share_of_matmul_rate"] = round(fast * RESNET_GFLOP / rate, 3)
+    print(f"\nResNet-18 steps: plain {plain:.1f}, ours {fast:.1f} images/s; bf16 matmul {rate:.0f} GFLOP/s")
+    print("\n| network | without | rows/s | slower by |\n|---|---|---|---|")
+    for network, left_out in ABLATIONS.items():
+        whole = 0.0
+        for without in left_out:
+            found = run(f"{network}/{without}")
+            whole = whole or found
+            print(f"| {network} | {without or '-'} | {found:.1f} | {whole / found:.2f} |", flush=True)
+            figures[f"{network}, without {without or 'nothing'}"] = round(found, 1)
+    return figures
+
+
+PARTS = {"races": races, "throughput": throughput}
+
+
+def main(parts: list[str]) -> None:
+    """Measure these parts, or all, print their tables and write their figures beside those of the others."""
+    path = RESULTS / "finetune.json"
+    figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     with tempfile.TemporaryDirectory(prefix="headstart-") as name:
 
         def run(way: str) -> Any:
@@ -483,54 +537,15 @@ def main() -> None:
             subprocess.run(command, check=True, env={**os.environ, "HEADSTART_QUIET": "1"})
             return json.loads(out.read_text())
 
-        figures: dict[str, float] = {}
-        print("| rows | way | final accuracy | seconds in all | seconds to the accuracy of the other |")
-        print("|---|---|---|---|---|")
-        for kind, other, figure in (
-            ("image", "plain", "image_time_to_accuracy_ratio"),
-            ("image", "timm", "vs_timm_ratio"),
-            ("text", "plain", "text_time_to_accuracy_ratio"),
-            ("many", "trainer", "vs_trainer_ratio"),
-        ):
-            theirs, own = run(f"{kind}/{other}"), run(f"{kind}/ours")
-            goal = theirs[-1][1]
-            times = reached(theirs, goal), reached(own, goal)
-            for label, curve, seconds in ((other, theirs, times[0]), ("ours", own, times[1])):
-                print(
-                    f"| {kind} | {label} | {curve[-1][1]:.3f} | {curve[-1][0]:.0f} | {seconds:.0f} |",
-                    flush=True,
-                )
-            figures[figure] = round(times[0] / times[1], 2)
-        rounds = [(run("resnet/plain"), run("ResNet-18/")) for _ in range(2)]
-        plain, fast = (float(np.median([pair[i] for pair in rounds])) for i in (0, 1))
-        figures["resnet18_step_speedup"] = round(fast / plain, 2)
-        figures["resnet18_rows_per_second"] = round(fast, 1)
-        a = torch.randn(2048, 2048, dtype=torch.bfloat16)
-        a @ a
-        began = time.monotonic()
-        for _ in range(20):
-            a @ a
-        rate = 20 * 2 * 2048**3 / (time.monotonic() - began) / 1e9
-        figures["resnet18_share_of_matmul_rate"] = round(fast * RESNET_GFLOP / rate, 3)
-        print(
-            f"\nResNet-18 steps: plain {plain:.1f}, ours {fast:.1f} images/s; bf16 matmul {rate:.0f} GFLOP/s"
-        )
-        print("\n| network | without | rows/s | slower by |\n|---|---|---|---|")
-        for network, left_out in ABLATIONS.items():
-            whole = 0.0
-            for without in left_out:
-                found = run(f"{network}/{without}")
-                whole = whole or found
-                print(f"| {network} | {without or '-'} | {found:.1f} | {whole / found:.2f} |", flush=True)
-                figures[f"{network}, without {without or 'nothing'}"] = round(found, 1)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "finetune.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(figures, indent=2))
+        for part in parts or PARTS:
+            figures |= PARTS[part](run)
+            RESULTS.mkdir(exist_ok=True)
+            path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if len(sys.argv) == 4:
         result = measure(sys.argv[1], Path(sys.argv[2]))
         Path(sys.argv[3]).write_text(json.dumps(result))
     else:
-        main()
+        main(sys.argv[1:])
