@@ -19,10 +19,11 @@ from tests import examples, tuning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EPOCHS = 2
+DEFAULTS = {"epochs": EPOCHS, "batch": 16, "precision": "float32", "choose_by": "last"}
 
 
 def choices(**keys: Any) -> Train:
-    return Train(method="fine_tune", **({"epochs": EPOCHS, "batch": 16, "precision": "float32"} | keys))
+    return Train(method="fine_tune", **(DEFAULTS | keys))
 
 
 @pytest.fixture(scope="module")

@@ -286,10 +286,11 @@ def adapted(examples: Examples, choices: Train, train: Rows, val: Rows) -> Adapt
     target = _finite(examples, there)
     if len(target) < 2:
         raise HeadstartError("the target domain has no rows to adapt to", do="add rows of the target domain")
-    if choices.adaptation:
-        method, reason = choices.adaptation, "named in the recipe"
-    else:
-        method, reason = adaptation.choose(frozen.head, examples.features[val], target)
+    method, reason = (
+        (str(choices.adaptation), "named in the recipe")
+        if choices.adaptation
+        else adaptation.choose(frozen.head, examples.features[val], target)
+    )
     head = adaptation.adapt(method, source, target, frozen.penalty, seed=choices.seed)
     groups = examples.manifest["group"].to_numpy()
     shift = shifts.diagnose(
