@@ -20,7 +20,7 @@ from headstart.metrics import scores
 
 ROOT = environment.project_root(Path(__file__).parent)
 RESULTS = Path(__file__).parent / "results"
-FIRST_SEED, SEEDS = 100, 3
+FIRST_SEED, SEEDS = 200, 3  # 100 to 102 were looked at while the rule was made
 CHOSEN = "chosen without labels"
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 
