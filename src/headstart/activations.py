@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from headstart.classifiers import Classifier
     from headstart.packs import Pack, Rows
 
-SWEEP = 64  # rows at a time
+SWEEP = 64  # rows at a time where nothing is learned
 SHARE_OF_DISK = 0.5  # of what is free, at most
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,6 @@ class Activations:
         self, classifier: Classifier, pack: Pack, rows: Rows, dtype: torch.dtype, path: Path
     ) -> None:
         self.pack, self.path, self.device = pack, path, next(classifier.parameters()).device
-        self.dtype = dtype
         self.lengths = pack.tokens.lengths if isinstance(pack, Sentences) else None
         # Where each row begins, counting rows of pictures and tokens of texts.
         sizes = np.zeros(len(self.lengths) if self.lengths is not None else int(rows.max()) + 1, np.int64)
@@ -72,10 +71,10 @@ class Activations:
                 if array is None:
                     self.kept = found.dtype
                     shape = (total, *lines.shape[1:])
-                    needed = found.element_size() * int(np.prod(shape))
+                    needed = lines.itemsize * int(np.prod(shape))
                     if needed > SHARE_OF_DISK * shutil.disk_usage(path.parent).free:
                         raise OSError(f"{needed / 1e9:.3g} GB of activations would fill half of the disk")
-                    array = np.lib.format.open_memmap(path, "w+", _numpy(found.dtype), shape)
+                    array = np.lib.format.open_memmap(path, "w+", lines.dtype, shape)
                 array[self._places(batch)] = lines
                 let_go(array)
                 progress.update(len(batch))
@@ -117,14 +116,7 @@ def _lines(found: Tensor, mask: Tensor | None) -> NDArray[Any]:
         found = found[mask.bool()]
     elif found.ndim == 4:
         found = found.permute(0, 2, 3, 1)
-    numbers: NDArray[Any] = found.contiguous().view(_torch(found.dtype)).cpu().numpy()
-    return numbers
-
-
-def _numpy(dtype: torch.dtype) -> str:
-    return {torch.float32: "<f4", torch.float16: "<f2"}.get(dtype, "<i2")
-
-
-def _torch(dtype: torch.dtype) -> torch.dtype:
-    """Itself, or what numpy knows instead: it has no bfloat16."""
-    return torch.int16 if dtype == torch.bfloat16 else dtype
+    found = found.contiguous().cpu()
+    # numpy has no bfloat16.
+    lines: NDArray[Any] = (found.view(torch.int16) if found.dtype == torch.bfloat16 else found).numpy()
+    return lines

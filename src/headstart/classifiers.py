@@ -99,18 +99,11 @@ class Classifier(nn.Module):
 
     def splits(self) -> bool:
         """Whether the frozen layers can run apart from the others: once, none but the last tapped."""
-        names = {module: name for name, module in self.tapped.network.named_modules()}
-        before = tuple(f"{names[module]}." for module in self.prefix[:-1])
-        inside = [f"{names[module]}." for module in self.prefix[-1:]]
-        tapped = [f"{layer}." for layer in self.tapped.layers or ()]
-        return (
-            bool(self.prefix)
-            and self.tapped.views == 1
-            and not any(
-                layer.startswith(before) or (layer.startswith(tuple(inside)) and layer not in inside)
-                for layer in tapped
-            )
-        )
+        if not self.prefix or self.tapped.views > 1:
+            return False
+        skipped = {part for module in self.prefix for part in module.modules()} - {self.prefix[-1]}
+        network = self.tapped.network
+        return not any(network.get_submodule(layer) in skipped for layer in self.tapped.layers or ())
 
     def frozen_output(self, *inputs: Tensor) -> Tensor:
         """What the last frozen layer makes of a batch."""

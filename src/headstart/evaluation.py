@@ -45,8 +45,8 @@ def evaluate(recipe: Recipe, layout: Layout) -> None:
     Raises:
         HeadstartError: there are no predictions, or they are not of the model beside them.
     """
-    rows, classes, blind = _predictions(layout.model, layout.truth)
-    model = json.loads((layout.model / "model.json").read_text(encoding="utf-8"))
+    rows, model, blind = _predictions(layout.model, layout.truth)
+    classes: list[str] = model["classes"]
     probabilities = rows[[f"p:{name}" for name in classes]].to_numpy(np.float64)
     test = (rows["split"] == "test").to_numpy()
     measured = {
@@ -87,15 +87,15 @@ def headline(metrics: dict[str, Any]) -> str:
     )
 
 
-def _predictions(model: Path, truth: Path) -> tuple[pd.DataFrame, list[str], bool]:
-    """Rows of ``predictions.parquet`` to measure, the classes in the model's order, and what is not known.
+def _predictions(model: Path, truth: Path) -> tuple[pd.DataFrame, dict[str, Any], bool]:
+    """Rows of ``predictions.parquet`` to measure, ``model.json``, and what is not known.
 
     Where the model is made for a target domain, its rows are measured, by the labels that were put aside. If
     there are none, the rows of the source domains are, and the last value is True.
     """
     try:
         rows = pd.read_parquet(model / "predictions.parquet")
-        classes: list[str] = json.loads((model / "model.json").read_text(encoding="utf-8"))["classes"]
+        described: dict[str, Any] = json.loads((model / "model.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise HeadstartError(
             "there is nothing to evaluate yet",
@@ -108,7 +108,7 @@ def _predictions(model: Path, truth: Path) -> tuple[pd.DataFrame, list[str], boo
         known = rows[target].drop(columns="label").merge(pd.read_parquet(truth / "labels.parquet"), on="id")
         blind = known.empty
         rows = (rows[~target] if blind else known).reset_index(drop=True)
-    faults = []
+    faults, classes = [], described["classes"]
     if [name for name in map(str, rows.columns) if name.startswith("p:")] != [
         f"p:{name}" for name in classes
     ]:
@@ -123,7 +123,7 @@ def _predictions(model: Path, truth: Path) -> tuple[pd.DataFrame, list[str], boo
             table=faults,
             do=f"run `dvc repro --force train@{model.name}`",
         )
-    return rows, classes, blind
+    return rows, described, blind
 
 
 def _measure(

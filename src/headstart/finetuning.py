@@ -24,7 +24,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from headstart import activations, augmentation, devices, schedules
-from headstart.activations import Activations
+from headstart.activations import SWEEP, Activations
 from headstart.errors import HeadstartError
 from headstart.metrics import Floats, Ints, gains, scores
 from headstart.progress import bar
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from headstart.classifiers import Classifier
     from headstart.packs import Pack, Rows
 
-SWEEP = 64  # rows at a time where nothing is learned
 SECONDS_BETWEEN = 60.0  # checkpoints at least
 RESAMPLES, SURE = 200, 0.95  # of the validation groups, and the share of them that a better epoch wins
 SHARE_OF_TIME = 0.05  # that checkpoints may take

@@ -6,6 +6,7 @@ floats by metric. Never reads or writes a file, and never knows which model it j
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -94,17 +95,15 @@ def intervals(
     """
     prepared = _Prepared.of(truth, probabilities)
     values = prepared.scores(np.ones(len(truth)))
-    names, group_of = np.unique(groups, return_inverse=True)
+    count = len(np.unique(groups))
     bounds = np.full((2, len(METRICS)), np.nan)
-    if len(names) > 1:
-        chance = np.random.default_rng(seed)
-        drawn = np.empty((resamples, len(METRICS)))
-        for resample in bar(range(resamples), desc="resampling groups", unit=" resamples"):
-            times = np.bincount(chance.integers(len(names), size=len(names)), minlength=len(names))
-            drawn[resample] = prepared.scores(times[group_of].astype(np.float64))
+    if count > 1:
+        draws = resampled(groups, resamples, np.random.default_rng(seed))
+        shown = bar(draws, total=resamples, desc="resampling groups", unit=" resamples")
+        drawn = np.array([prepared.scores(weights) for weights in shown])
         for metric, column in enumerate(drawn.T):
             if (known := column[np.isfinite(column)]).size and np.isfinite(values[metric]):
-                bounds[:, metric] = np.quantile(known, _levels(confidence, len(names)))
+                bounds[:, metric] = np.quantile(known, levels(confidence, count))
         ece = METRICS.index("ece")
         bounds[:, ece] = np.maximum(2 * values[ece] - bounds[::-1, ece], 0)
     return {
@@ -142,15 +141,21 @@ def gains(
         ValueError: as for ``scores``.
     """
     pair = [_Prepared.of(truth, said) for said in (probabilities, other)]
+    draws = resampled(groups, resamples, np.random.default_rng(seed))
+    scored = np.array([[prepared.scores(weights) for prepared in pair] for weights in draws])
+    return dict(zip(METRICS, (scored[:, 0] - scored[:, 1]).T, strict=True))
+
+
+def resampled(groups: NDArray[Any], resamples: int, chance: np.random.Generator) -> Iterator[Floats]:
+    """How often each row counts, float64[n], in resamples that draw as many groups as there are.
+
+    ``chance`` is asked when a resample is: of two sides taken in turns, it is asked in turns.
+    """
     names, group_of = np.unique(groups, return_inverse=True)
-    chance = np.random.default_rng(seed)
-    drawn = np.empty((resamples, len(METRICS)))
-    for resample in range(resamples):
-        times = np.bincount(chance.integers(len(names), size=len(names)), minlength=len(names))
-        weights = times[group_of].astype(np.float64)
-        one, two = (np.array(prepared.scores(weights)) for prepared in pair)
-        drawn[resample] = one - two
-    return dict(zip(METRICS, drawn.T, strict=True))
+    size = len(names)
+    for _ in range(resamples):
+        times = np.bincount(chance.integers(size, size=size), minlength=size)
+        yield times[group_of].astype(np.float64)
 
 
 def cross_entropy(targets: Floats, probabilities: Floats, weights: Floats) -> float:
@@ -256,7 +261,7 @@ class _Prepared:
         return [float(value) for value in values]
 
 
-def _levels(confidence: float, groups: int) -> list[float]:
+def levels(confidence: float, groups: int) -> list[float]:
     """The two percentiles, as fractions, that give ``confidence`` with this many groups."""
     from scipy.special import ndtr, stdtrit
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.heads import DEAD, Features, Singles, fit
-from headstart.metrics import TINY, Floats, Ints
+from headstart import heads
+from headstart.heads import Features, Singles, fit
+from headstart.metrics import TINY, Floats, Ints, levels, resampled
 
 Groups = NDArray[Any]
 
@@ -139,7 +140,7 @@ def separability(
     frame = pd.DataFrame({"label": names, "domain": names, "group": codes})
     count = min(FOLDS, *sizes)
     fold = folds(frame, count, seed)
-    times = [np.vstack([np.ones(len(side)), _resampled(side, RESAMPLES, chance)]) for side in sides]
+    times = [np.vstack([np.ones(len(side)), *resampled(side, RESAMPLES, chance)]) for side in sides]
     won, pairs = np.zeros(RESAMPLES + 1), np.zeros(RESAMPLES + 1)
     for held in range(count):
         train, test = fold != held, fold == held
@@ -393,8 +394,8 @@ def label_shift(
     drawn = np.full((resamples, len(prior)), np.nan)
     if min(sizes) > 1:
         chance = np.random.default_rng(seed)
-        for resample in range(resamples):
-            times = [_resampled(side, 1, chance)[0] for side in sides]
+        draws = (resampled(side, resamples, chance) for side in sides)
+        for resample, times in enumerate(zip(*draws, strict=True)):
             if (np.bincount(truth, times[0], len(prior)) > 0).all():
                 drawn[resample] = estimate(*times)
     low, high = _bounds(drawn, min(sizes))
@@ -851,12 +852,8 @@ def _squares(x: Singles, y: Singles) -> tuple[Floats, Floats]:
 
 
 def _standardised(x: Singles) -> Singles:
-    """By own mean and deviation; a dimension that is dead here is divided by a common deviation."""
-    deviation = x.std(axis=0, dtype=np.float64)
-    common = np.median(deviation[deviation > 0]) if deviation.any() else 1.0
-    scale = np.where(deviation < DEAD * common, common, deviation)
-    result: Singles = ((x - x.mean(axis=0, dtype=np.float64)) / scale).astype(np.float32)
-    return result
+    """By own mean and deviation."""
+    return heads._standardised(x, *heads._moments(x, np.full(len(x), 1 / len(x))))
 
 
 def _sampled(
@@ -894,24 +891,13 @@ def _codes(groups: Groups | None, target_groups: Groups | None, n: int, m: int) 
     return mine, theirs + n
 
 
-def _resampled(code: Ints, resamples: int, chance: np.random.Generator) -> Floats:
-    """How often each row is drawn, [resamples, n], if as many groups are drawn as there are."""
-    names, group = np.unique(code, return_inverse=True)
-    size = len(names)
-    times = [np.bincount(chance.integers(size, size=size), minlength=size) for _ in range(resamples)]
-    return np.stack(times)[:, group].astype(np.float64)
-
-
 def _bounds(drawn: Floats, groups: int) -> tuple[Floats, Floats]:
     """Bounds [k] from resamples [r, k]; percentiles moved outwards for few groups, as in ``metrics``."""
-    from scipy.special import ndtr, stdtrit
-
     known = drawn[np.isfinite(drawn).all(axis=1)]
     if groups < 2 or not len(known):
         nothing = np.full(drawn.shape[1], np.nan)
         return nothing, nothing
-    tail = float(ndtr(sqrt(groups / (groups - 1)) * stdtrit(groups - 1, (1 - CONFIDENCE) / 2)))
-    low, high = np.quantile(known, [tail, 1 - tail], axis=0)
+    low, high = np.quantile(known, levels(CONFIDENCE, groups), axis=0)
     return low, high
 
 

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,7 @@ def run(stage: str, recipe: Recipe, layout: Layout) -> None:
         turn(recipe, layout)
     except HeadstartError as error:
         # Of several processes the first to fail is the cause; the others fail because it is gone.
-        if (path := os.environ.get(ERROR_FILE)) and not Path(path).exists():
-            Path(path).write_text(json.dumps(error.to_dict()), encoding="utf-8")
+        if path := os.environ.get(ERROR_FILE):
+            with suppress(FileExistsError), Path(path).open("x", encoding="utf-8") as file:
+                json.dump(error.to_dict(), file)
         raise
