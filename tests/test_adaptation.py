@@ -94,7 +94,7 @@ SHIFT, SCALE = np.array([9.0, -4.0, 0.5, 30.0]), np.array([3.0, 0.25, 1.0, 7.0])
 
 @pytest.mark.parametrize(
     ("method", "recovers"),
-    [(m, m not in {"source_only", "importance_weighting", "self_training"}) for m in METHODS],
+    [(m, m in adaptation.MOVING) for m in METHODS],
 )
 def test_a_target_shifted_and_scaled_is_as_easy_as_the_source_to_methods_that_align(
     method: str, recovers: bool
@@ -150,9 +150,8 @@ def correlated(n: int, d: int, seed: int) -> tuple[Any, Any]:
 @pytest.mark.parametrize("weights", [np.ones(400), np.random.default_rng(5).uniform(0.2, 3, 400)])
 def test_coral_is_the_formula_of_the_paper_and_the_head_takes_target_rows_as_they_are(weights: Any) -> None:
     (x, truth), (target, _) = correlated(400, 5, 1), correlated(300, 5, 2)
-    mean = np.average(x, axis=0, weights=weights)
-    scale = np.sqrt(np.average((x - mean) ** 2, axis=0, weights=weights))
-    own = shrunk(np.cov(((x - mean) / scale).T, aweights=weights, bias=True))
+    mean, scale = x.mean(axis=0), x.std(axis=0)  # weights are of labels, and the target has none
+    own = shrunk(np.corrcoef(x.T))
     other = shrunk(np.corrcoef(target.T))
     z = (x - mean) / scale @ fractional_matrix_power(own, -0.5) @ sqrtm(other)
     z_target = (target - target.mean(axis=0)) / target.std(axis=0)
@@ -515,13 +514,77 @@ def test_input_that_makes_no_sense_is_refused() -> None:
             adapt("standardisation", given, target, l2, known=known)
 
 
-def test_a_domain_has_moved_where_a_class_is_hardly_named() -> None:
+def test_what_is_done_depends_on_the_shift_and_on_whether_the_head_is_lost() -> None:
     head = Head(*(np.array(a, np.float32) for a in ([[-1.0], [1.0]], [0.0, 0.0], [0.0], [1.0])))
     held_out = np.linspace(-1, 1, 100)[:, None]
-    for moved, method in ((0.5, "self_training"), (0.7, "standardised_self_training")):
-        found, reason = adaptation.choose(head, held_out, held_out + moved)
+    for moved, method in ((0.6, "consensus"), (0.8, "information_maximisation")):
+        found, reason = adaptation.choose(head, held_out, held_out + moved, "features")
         assert found == method
         assert f"names a class {1 - moved:.2f} times as often" in reason
-    assert (
-        adaptation.choose(head, held_out + 2, held_out)[0] == "self_training"
-    )  # a class the source never named
+        for kind in ("none", "labels"):
+            assert adaptation.choose(head, held_out, held_out + moved, kind)[0] == "source_only"
+    # A class that the source never named says nothing.
+    assert adaptation.choose(head, held_out + 2, held_out, "features")[0] == "consensus"
+
+
+def test_weights_of_the_source_do_not_pass_for_a_shift() -> None:
+    """The rare class weighed up, as a balanced training does: the target has it as rarely as the source."""
+    x, truth = rows(share=0.85)
+    balanced = labelled(x, truth, np.where(truth == 1, 0.85, 0.15))
+    plain = adapt("source_only", balanced, x, L2).probabilities(x)
+    found = adapt("standardisation", balanced, x * SCALE + SHIFT, L2).probabilities(x * SCALE + SHIFT)
+    assert found == pytest.approx(plain, abs=0.01)
+
+
+def test_classes_are_sought_in_the_shares_in_which_the_source_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A head of balanced classes names the rare one oftener than it is there, in the target as well."""
+    (x, truth), (other, _) = rows(share=0.85, far=1.5), rows(share=0.85, far=1.5, seed=1)
+    balanced = labelled(x, truth, np.where(truth == 1, 0.85, 0.15))
+    sought: list[Any] = []
+
+    def spy(logits: Any, prior: Any) -> Any:
+        sought.append(prior)
+        return information_loss(logits, prior)
+
+    monkeypatch.setattr(adaptation, "information_loss", spy)
+    adapt("information_maximisation", balanced, other, L2)
+    expected = adapt("source_only", balanced, x, L2).probabilities(x).mean(axis=0)
+    assert 0.3 < expected[1] < 0.4  # neither the labels' share nor a half
+    assert all(prior == pytest.approx(expected, abs=0.01) for prior in sought)
+    assert sought
+
+
+def test_a_consensus_is_the_mean_of_its_members_logits() -> None:
+    (x, truth), (other, _) = rows(), rows(seed=1)
+    source, target = labelled(x, truth), other + 1
+    members = ("source_only", "minimum_class_confusion", "self_training")
+    mean = np.mean([adapt(name, source, target, L2).logits(target) for name in members], axis=0)
+    assert adapt("consensus", source, target, L2).logits(target) == pytest.approx(mean, abs=1e-3)
+
+
+def test_expected_accuracy_is_the_true_one_less_the_usual_optimism_where_nothing_has_moved() -> None:
+    (x, truth), (held, held_truth), (other, other_truth) = (rows(4000, far=1.5, seed=s) for s in range(3))
+    source = labelled(x, truth)
+    head = adapt("source_only", source, other, L2)
+    value, low, high = adaptation.expected_accuracy(head, (held, held_truth), x, other, moved=False)
+    assert value + adaptation.OPTIMISM == pytest.approx(accuracy(head, other, other_truth), abs=0.02)
+    assert (low, high) == pytest.approx((value - adaptation.SPREAD, value + adaptation.SPREAD))
+    # A head that is far too sure of itself is taken at its worth.
+    loud = replace(head, weight=20 * head.weight, bias=20 * head.bias)
+    assert adaptation.expected_accuracy(loud, (held, held_truth), x, other, moved=False)[0] == pytest.approx(
+        value, abs=0.01
+    )
+
+
+def test_of_a_target_that_has_moved_the_accuracy_is_expected_as_if_the_source_had_moved_with_it() -> None:
+    (x, truth), (held, held_truth), (other, _) = (rows(4000, far=1.5, seed=s) for s in range(3))
+    still = adapt("standardisation", labelled(x, truth), other, L2)
+    moved = adapt("standardisation", labelled(x, truth), other * SCALE + SHIFT, L2)
+    expected = [
+        adaptation.expected_accuracy(head, (held, held_truth), x, target, moved=True)[0]
+        for head, target in ((still, other), (moved, other * SCALE + SHIFT))
+    ]
+    assert expected[0] == pytest.approx(expected[1], abs=0.005)
+    assert expected[0] > 0.7

@@ -277,9 +277,13 @@ def test_every_parameter_that_is_trained_gets_a_gradient(texts: tuple[Path, pack
 
 
 @pytest.mark.parametrize("lora", [None, 2])
-def test_nothing_drops_out_of_frozen_layers(texts: tuple[Path, packs.Sentences], lora: int | None) -> None:
+@pytest.mark.parametrize("dropped", [None, 0.0])
+def test_nothing_drops_out_of_frozen_layers_nor_of_any_unless_asked(
+    texts: tuple[Path, packs.Sentences], lora: int | None, dropped: float | None
+) -> None:
     weights, pack = texts
-    classifier = with_head(weights, choices(freeze="encoder.layer.0", lora=lora)).train()
+    frozen = choices(freeze="encoder.layer.0", lora=lora, backbone_dropout=dropped)
+    classifier = with_head(weights, frozen).train()
     network: Any = classifier.tapped.network
     seen: dict[int, list[torch.Tensor]] = {0: [], 1: []}
     for place, kept in seen.items():
@@ -292,4 +296,4 @@ def test_nothing_drops_out_of_frozen_layers(texts: tuple[Path, packs.Sentences],
     for _ in range(2):
         classifier(*inputs)
     assert torch.equal(*seen[0])
-    assert not torch.equal(*seen[1])
+    assert torch.equal(*seen[1]) == (dropped == 0)

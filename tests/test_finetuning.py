@@ -7,15 +7,16 @@ import random
 import subprocess
 import sys
 import time
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from headstart import augmentation, finetuning, packs, recipe
+from headstart import alignment, augmentation, finetuning, packs, recipe
 from headstart.errors import HeadstartError
 from headstart.features import averaged
 from headstart.recipe import Train
@@ -302,10 +303,58 @@ def test_rows_count_by_their_weight(efficientnet: Path) -> None:
     torch.testing.assert_close(run.classifier.linear.weight.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+ALIGNING: dict[str, Any] = QUICK | {"method": "domain_adaptation", "tune": True, "dropout": 0.0}
+
+
+@pytest.mark.parametrize("name", get_args(recipe.Alignment))
+def test_alignment_changes_what_is_learned_and_weighs_what_it_is_given(name: str, efficientnet: Path) -> None:
+    """The targets of target rows are NaN: one look at them would end the run."""
+
+    def trained(**more: Any) -> finetuning.Tuning:
+        run = tuning.case(efficientnet, Train(**ALIGNING | {"alignment": name} | more))
+        if name == "consistency":  # two epochs make nothing sure enough
+            run.classifier.linear.weight.data *= 1000
+        run.run()
+        return run
+
+    aligned, ignored = trained(alignment_weight=10.0), trained(alignment_weight=0.0)
+    weights = [dict(run.classifier.tapped.named_parameters()) for run in (aligned, ignored)]
+    assert all(isfinite(loss) for loss in losses(aligned))
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    if name in alignment.ADVERSARIAL:
+        before = tuning.case(efficientnet, Train(**ALIGNING | {"alignment": name})).classifier.discriminator
+        after = aligned.classifier.discriminator
+        assert before and after
+        assert not torch.equal(before.layers[0].weight, after.layers[0].weight)
+
+
+def test_a_step_aligns_with_as_many_rows_of_the_target_and_meets_all_of_them(efficientnet: Path) -> None:
+    run = tuning.case(efficientnet, Train(**ALIGNING | {"alignment": "mmd"}))
+    seen = []
+    for step in range(run.per_epoch):
+        run.step = step
+        seen.append(run._of_target(8, 0))
+        assert len(seen[-1]) == 8
+    assert set(np.concatenate(seen)) == set(run.target_rows)
+    assert not np.array_equal(np.concatenate(seen[:2]), np.concatenate([run._of_target(8, 1)] * 2))
+
+
+def test_features_that_are_handed_out_are_those_that_the_head_was_trained_on(efficientnet: Path) -> None:
+    run = tuning.case(efficientnet, Train(**QUICK))
+    run.run()
+    rows = np.array([70, 3, 41])
+    found = run.classifier.head().probabilities(run.vectors(rows))
+    assert found == pytest.approx(run.probabilities(rows), abs=1e-5)
+
+
 @pytest.mark.slow
-def test_a_run_killed_anywhere_ends_with_the_same_bits(efficientnet: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{"mixup": 0.2}, {"alignment": "conditional_adversarial"}])
+def test_a_run_killed_anywhere_ends_with_the_same_bits(
+    more: dict[str, Any], efficientnet: Path, tmp_path: Path
+) -> None:
     """Ten kills at random moments of runs that save after every step, each then run to its end."""
-    choices = Train(**QUICK | {"epochs": 4, "mixup": 0.2, "augment": {"horizontal_flip": True}})
+    method = ALIGNING if "alignment" in more else QUICK
+    choices = Train(**method | {"epochs": 4, "augment": {"horizontal_flip": True}} | more)
     environment = {**os.environ, **THREADS}
     undisturbed = tmp_path / "undisturbed"
     subprocess.run(process(efficientnet, undisturbed, choices), env=environment, cwd=ROOT, check=True)

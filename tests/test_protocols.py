@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from math import sqrt
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 
 from headstart import protocols
 from headstart.errors import HeadstartError
+from headstart.layout import Layout, sha256_of
 from headstart.metrics import METRICS
-from headstart.protocols import cross_validate, format_table, summarise
+from headstart.protocols import adapt_each_pair, cross_validate, format_pairs, format_table, summarise
 from headstart.training import load
 from tests import cached
 
@@ -98,3 +100,46 @@ def test_adaptation_is_not_cross_validated(tmp_path: Path) -> None:
     layout, _ = cached.shifted(tmp_path)
     with pytest.raises(HeadstartError, match="those of the target domain are put aside"):
         cross_validate(cached.adapting(), layout)
+
+
+def moved(root: Path) -> Layout:
+    """Two domains with labels, of which ``west`` lies elsewhere."""
+    layout = cached.write(root)
+    features = np.load(layout.features / "features.npy")
+    features[(cached.manifest()["domain"] == "west").to_numpy()] += 4
+    np.save(layout.features / "features.npy", features)
+    return layout
+
+
+def test_each_pair_of_domains_is_adapted_and_scored_on_all_rows_of_its_target(tmp_path: Path) -> None:
+    found = adapt_each_pair(cached.recipe(), moved(tmp_path), seeds=2)
+    assert found[["seed", "source", "target", "rows"]].to_numpy().tolist() == [
+        [seed, *pair, 120] for seed in (0, 1) for pair in (("east", "west"), ("west", "east"))
+    ]
+    assert (found["gain"] > 0.15).all()
+    assert found["gain"].to_numpy() == pytest.approx((found["adapted"] - found["source_only"]).to_numpy())
+    text = format_pairs(found)
+    assert "2 pairs, 2 seeds" in text
+    assert f"mean gain {found['gain'].mean():+.3f}" in text
+
+
+def test_labels_of_a_target_score_and_do_nothing_else(tmp_path: Path) -> None:
+    layout = moved(tmp_path)
+    honest = adapt_each_pair(cached.recipe(), layout).iloc[0]
+    table = pd.read_parquet(layout.manifest / "manifest.parquet")
+    west = table["domain"] == "west"
+    table.loc[west, "label"] = table.loc[west, "label"].map({"no": "yes", "yes": "no"})
+    table.loc[west, ["confidence", "weight"]] = 0.9, 7.0
+    table.to_parquet(layout.manifest / "manifest.parquet", index=False)
+    described = json.loads((layout.features / "features.json").read_text())
+    described["manifest_sha256"] = sha256_of(layout.manifest / "manifest.parquet")
+    (layout.features / "features.json").write_text(json.dumps(described))
+    flipped = adapt_each_pair(cached.recipe(), layout).iloc[0]
+    assert flipped["accuracy"] == pytest.approx(1 - honest["accuracy"])
+    assert flipped[["chosen", "expected"]].tolist() == honest[["chosen", "expected"]].tolist()
+
+
+def test_pairs_without_labels_to_score_by_are_refused(tmp_path: Path) -> None:
+    layout, _ = cached.shifted(tmp_path)
+    with pytest.raises(HeadstartError, match="pairs of domains need at least two, with labels"):
+        adapt_each_pair(cached.adapting(), layout)

@@ -154,7 +154,7 @@ def test_a_target_domain_and_adaptation_go_together(old: str, new: str, tmp_path
 
 def test_a_way_to_adapt_is_refused_where_nothing_is_adapted(tmp_path: Path) -> None:
     text = GOOD.replace("method: feature_extraction", "method: feature_extraction\n  adaptation: coral")
-    assert "adaptation: only with `method: domain_adaptation`" in mistakes(tmp_path, text)
+    assert "adaptation, tune: only with `method: domain_adaptation`" in mistakes(tmp_path, text)
 
 
 def test_every_way_to_adapt_can_be_chosen() -> None:

@@ -28,8 +28,12 @@ class Network(nn.Module):
 
 def grouped(**keys: Any) -> tuple[list[dict[str, Any]], Network, nn.Linear]:
     network, head = Network(), nn.Linear(4, 2)
-    found = schedules.groups(network.named_parameters(), head.named_parameters(), choices(**keys), rate=0.01)
-    return found, network, head
+    given = choices(**{"learning_rate": 0.01} | keys)
+    return (
+        schedules.groups(network.named_parameters(), head.named_parameters(), given, "image"),
+        network,
+        head,
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,6 +63,16 @@ def test_every_layer_learns_slower_than_the_one_behind_it() -> None:
     for module, depth in ((network.blocks[2], 1), (network.blocks[1], 2), (network.blocks[0], 3)):
         assert {rates[id(p)] for p in module.parameters()} == {(0.01 * 0.5 ** (depth - 1), depth)}
     assert {rates[id(p)] for p in network.conv_stem.parameters()} == {(0.01 * 0.5**3, 4)}
+
+
+@pytest.mark.parametrize(("modality", "decay", "rate"), [("image", 0.8, 1e-3), ("text", 1.0, 1e-4)])
+def test_what_a_recipe_leaves_out_depends_on_what_it_reads(modality: str, decay: float, rate: float) -> None:
+    network = Network()
+    found = schedules.groups(
+        network.named_parameters(), nn.Linear(4, 2).named_parameters(), choices(), modality
+    )
+    assert {group["lr"] for group in found if group["depth"] < 2} == {rate}
+    assert [group["lr"] for group in found if group["depth"] == 2] == pytest.approx([rate * decay] * 2)
 
 
 def test_without_layer_decay_all_learn_at_one_rate() -> None:

@@ -24,7 +24,8 @@ EXTRAS = ("position_bias", "cache", "softcap", "s_aux")
 def shorten(network: nn.Module) -> None:
     """Let ``network`` attend to short texts this way, if its attention can be chosen at all.
 
-    It pays once compiled: texts of 25 tokens take 2.7 instead of 4.6 ms per 4,096 tokens and layer of MiniLM.
+    Compiled, texts of 25 tokens take 2.7 instead of 4.6 ms per 4,096 tokens and layer of MiniLM. In training
+    it makes 220 sentences a second of 147.
     """
     if getattr(getattr(network, "config", None), "_attn_implementation", None) == "sdpa":
         AttentionInterface.register(NAME, attend)

@@ -19,6 +19,7 @@ from headstart.recipe import Augment
 
 Words = NDArray[np.uint64]
 HORIZONTAL, VERTICAL, TURNS, BRIGHTNESS, CONTRAST, AREA, ASPECT, TOP, LEFT = range(9)  # one draw for each
+MUCH = {"crop": 0.7, "brightness": 0.3, "contrast": 0.3}  # beside what a recipe has
 ASPECT_MOST = 4 / 3  # of a crop, and its inverse the least, as in Szegedy et al. 2015
 
 

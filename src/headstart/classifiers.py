@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headstart import backbones, features, precision
+from headstart import alignment, backbones, devices, features, precision
 from headstart.errors import HeadstartError
 from headstart.heads import Head
 from headstart.layout import sha256_of
@@ -53,13 +53,7 @@ class Classifier(nn.Module):
         self.weights, self.choices = weights, choices
         self.padding = backbones.padding(network)
         self.folds: list[tuple[str, str]] = []
-        if self.spec.modality == "image":
-            network = network.to(memory_format=torch.channels_last)
-            side = features.side_of(self.spec, options)
-            if choices.batch_norm == "frozen" and features.foldable(network, options.layers):
-                # Frozen, it is a multiplication that the convolution before it can do: a fifth of a step.
-                self.folds = precision.pairs(network, torch.zeros(1, 3, side, side))
-                network = precision.fold(network, self.folds)
+        network = self._quickened(network, options)
         self.tapped = features.Tapped(network, self.spec, options.layers, options.views)
         reached, dim = self._probed(features.blank_rows(self.spec, options))
         self.dropout = nn.Dropout(choices.dropout)
@@ -74,20 +68,15 @@ class Classifier(nn.Module):
                 (self.scale, head.scale),
             ):
                 own.data = torch.from_numpy(given.copy())
-        # All up to the end of the layer named: networks register their layers in the order they run.
         names = [name for name, _ in network.named_modules()]
         last = self._last_frozen(names)
-        self.frozen = {module for module in network.modules() if module not in reached}
-        for place, (_, module) in enumerate(network.named_modules()):
-            if place > last and module in reached:
-                for parameter in module.parameters(recurse=False):
-                    parameter.requires_grad_(True)
-        for module in network.modules():
-            parameters = list(module.parameters())
-            if parameters and not any(parameter.requires_grad for parameter in parameters):
-                self.frozen.update(module.modules())  # dropout has no parameters of its own
+        self.frozen = self._freeze(last, reached)
         if choices.lora:
             self._adapt(choices.lora)
+        self.discriminator: alignment.Discriminator | None = None
+        if choices.alignment in alignment.ADVERSARIAL:
+            conditional = choices.alignment == "conditional_adversarial"
+            self.discriminator = alignment.Discriminator(dim, classes=classes if conditional else None)
         self.known: Tensor | None = None
         self.prefix = _outermost(network, set(names[: last + 1]), reached)
         for module in self.prefix:
@@ -141,6 +130,40 @@ class Classifier(nn.Module):
             reached -= {m for name, m in network.named_modules() if f"{name}.".startswith("pooler.")}
         return reached, vectors.shape[1]
 
+    def _quickened(self, network: nn.Module, options: Features) -> nn.Module:
+        """The same network in the form in which it trains fastest."""
+        if self.spec.modality == "image":
+            network = network.to(memory_format=torch.channels_last)
+            side = features.side_of(self.spec, options)
+            if self.choices.batch_norm == "frozen" and features.foldable(network, options.layers):
+                # Frozen, it is a multiplication that the convolution before it can do: a fifth of a step.
+                self.folds = precision.pairs(network, torch.zeros(1, 3, side, side))
+                network = precision.fold(network, self.folds)
+        elif devices.device().type == "cpu":
+            from headstart import attention  # imports transformers
+
+            attention.shorten(network)
+        if self.choices.backbone_dropout is not None:
+            for module in network.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = self.choices.backbone_dropout
+        return network
+
+    def _freeze(self, last: int, reached: set[nn.Module]) -> set[nn.Module]:
+        """Let all that runs learn, but for what comes up to place ``last``; return what does not learn."""
+        # Up to the end of the layer named: networks register their layers in the order they run.
+        network = self.tapped.network
+        frozen = {module for module in network.modules() if module not in reached}
+        for place, (_, module) in enumerate(network.named_modules()):
+            if place > last and module in reached:
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(True)
+        for module in network.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                frozen.update(module.modules())  # dropout has no parameters of its own
+        return frozen
+
     def _last_frozen(self, names: list[str]) -> int:
         layer = self.choices.freeze
         if layer is None:
@@ -176,15 +199,30 @@ class Classifier(nn.Module):
                 module.training = False
         return self
 
-    def forward(self, *inputs: Tensor, known: Tensor | None = None) -> Tensor:
+    def forward(
+        self, *inputs: Tensor, known: Tensor | None = None, both: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of one batch: pixels uint8 or float32 [n, side, side, c]; or ids, mask int64 [n, tokens].
 
-        With ``known``, what ``frozen_output`` made of the batch, the frozen layers do not run.
+        With ``known``, what ``frozen_output`` made of the batch, the frozen layers do not run. With
+        ``both``, the vectors [n, d] as the head takes them come before the logits.
         """
+        vectors = (self.features(*inputs, known=known) - self.mean) / self.scale
+        logits: Tensor = self.linear(self.dropout(vectors)).float()
+        return (vectors, logits) if both else logits
+
+    def features(self, *inputs: Tensor, known: Tensor | None = None) -> Tensor:
+        """The backbone's vectors [n, d] of one batch."""
         self.known = known
-        vectors = (self.tapped(*inputs) - self.mean) / self.scale
-        logits: Tensor = self.linear(self.dropout(vectors))
-        return logits.float()
+        vectors: Tensor = self.tapped(*inputs)
+        self.known = None
+        return vectors
+
+    def fresh(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that did not come with the backbone, and learn at the head's rate."""
+        for module in (self.linear, self.discriminator):
+            if module is not None:
+                yield from module.named_parameters()
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The backbone's parameters that are trained, in the order in which the network runs."""

@@ -154,6 +154,20 @@ def evaluate_protocol(
 
 
 @app.command()
+def evaluate_adaptation(
+    recipe: RecipePath,
+    folds: Annotated[int, typer.Option(min=2, help="Parts of each target that are held out in turn.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, each with folds of its own.")] = 1,
+) -> None:
+    """Adapt from every domain to every other as if that had no labels: what it gains, what was expected."""
+    from headstart import protocols
+
+    _log_plainly()
+    chosen, layout = _opened(recipe)
+    print(protocols.format_pairs(protocols.adapt_each_pair(chosen, layout, folds, seeds)))
+
+
+@app.command()
 def find_learning_rate(
     recipe: RecipePath,
     steps: Annotated[int, typer.Option(min=10, help="Steps to try, each at a higher rate.")] = 100,

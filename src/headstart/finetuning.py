@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import ceil, inf, isfinite
@@ -21,11 +21,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from headstart import activations, augmentation, devices, schedules
+from headstart import activations, alignment, augmentation, devices, schedules
 from headstart.activations import SWEEP, Activations
 from headstart.errors import HeadstartError
+from headstart.heads import Singles
 from headstart.metrics import Floats, Ints, gains, scores
 from headstart.progress import bar
 from headstart.recipe import Train
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN = 60.0  # checkpoints at least
 RESAMPLES, SURE = 200, 0.95  # of the validation groups, and the share of them that a better epoch wins
 SHARE_OF_TIME = 0.05  # that checkpoints may take
+TOKENS_DROPPED = 0.15  # of a text that is changed much
 LOWER_IS_BETTER = {"log_loss"}
 BAD_ROWS = "bad_rows.csv"
 ACTIVATIONS = "activations.npy"
@@ -95,6 +98,7 @@ class Tuning:
         labels: of all rows.
         train: rows to learn from.
         val: rows that choose the epoch.
+        target: rows without labels that ``alignment`` sees.
         checkpoints: where the run is kept; without, a killed run starts anew.
         work: where the ids of a batch go that cannot be learned from.
     """
@@ -107,11 +111,13 @@ class Tuning:
         train: Rows,
         val: Rows,
         *,
+        target: Rows | None = None,
         checkpoints: Checkpoints | None = None,
         work: Path | None = None,
     ) -> None:
         self.classifier, self.pack, self.labels = classifier, pack, labels
         self.train_rows, self.val_rows = train, val
+        self.target_rows = target if target is not None else train[:0]
         self.choices = choices = classifier.choices
         self.checkpoints, self.work = checkpoints, work
         # One process and one device, or as many as torchrun started.
@@ -119,11 +125,9 @@ class Tuning:
         self.device = self.accelerator.device
         devices.keep_memory()
         self.dtype = precision_of(choices, classifier, self.device)
-        modality = classifier.spec.modality
         self.model = self.accelerator.prepare_model(classifier)
-        rate = choices.learning_rate or schedules.LEARNING_RATE[modality]
         self.groups = schedules.groups(
-            classifier.trained(), classifier.linear.named_parameters(), choices, rate
+            classifier.trained(), classifier.fresh(), choices, classifier.spec.modality
         )
         self.rates = [group["lr"] for group in self.groups]
         self.optimizer = _optimizer(choices, self.groups)
@@ -136,6 +140,12 @@ class Tuning:
         self.history = History()
         self.step, self.elapsed, self.pause = 0, 0.0, SECONDS_BETWEEN
         self.activations: Activations | None = None
+        self.target_order: tuple[int, list[Rows]] = (-1, [])
+        if choices.alignment and self.accelerator.num_processes > 1:
+            raise HeadstartError(
+                "alignment compares the domains within one process",
+                do="start one, or leave train.alignment out",
+            )
 
     def run(self) -> History:
         """Train to the end, and leave the classifier with the weights of the epoch chosen.
@@ -158,7 +168,7 @@ class Tuning:
             return
         if not self.classifier.splits():
             return
-        rows = np.concatenate([self.train_rows, self.val_rows])
+        rows = np.concatenate([self.train_rows, self.val_rows, self.target_rows])
         path = self.work / ACTIVATIONS
         try:
             kept = Activations(self.classifier, self.pack, rows, self.dtype, path)
@@ -210,25 +220,37 @@ class Tuning:
 
     def probabilities(self, rows: Rows) -> Floats:
         """float64 [rows, classes], in the order of ``rows``, by the weights as they are now."""
+        classes = self.classifier.linear.out_features
+        found = torch.zeros(len(rows), classes, dtype=torch.float64)
+        return self._swept(rows, found, lambda batch: self._logits(batch).double().softmax(dim=1))
+
+    def vectors(self, rows: Rows) -> Singles:
+        """The backbone's features float32 [rows, d], as ``probabilities``; memory: all of them."""
+        found = torch.zeros(len(rows), self.classifier.linear.in_features)
+        return self._swept(rows, found, lambda batch: self._seen(self.classifier.features, batch).float())
+
+    def _swept(self, rows: Rows, found: Tensor, of: Callable[[Rows], Tensor]) -> NDArray[Any]:
+        """Fill ``found``, zeros [rows, ...], with what ``of`` a batch is, and return it on every process."""
         place = np.empty(len(self.labels.truth), np.int64)
         place[rows] = np.arange(len(rows))
-        found = torch.zeros(len(rows), self.classifier.linear.out_features, dtype=torch.float64)
         self.classifier.eval()
         with torch.inference_mode():
             # Each process its share; where a row was not computed there are zeros, and they add up.
             first, count = self.accelerator.process_index, self.accelerator.num_processes
             for batch in self.pack.sweep(rows, SWEEP)[first::count]:
-                found[place[batch]] = self._logits(batch).double().softmax(dim=1).cpu()
+                found[place[batch]] = of(batch).cpu()
             total: Tensor = self.accelerator.reduce(found.to(self.device), "sum")
-        probabilities: Floats = total.cpu().numpy()
-        return probabilities
+        result: NDArray[Any] = total.cpu().numpy()
+        return result
 
     def _logits(self, rows: Rows) -> Tensor:
         """float32 [rows, classes], as measured and not as learned from."""
+        return self._seen(self.classifier, rows)
+
+    def _seen(self, network: Callable[..., Tensor], rows: Rows) -> Tensor:
         inputs, known = self._inputs(rows)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits: Tensor = self.classifier(*inputs, known=known)
-        return logits
+            return network(*inputs, known=known)
 
     def order(self, epoch: int) -> list[Rows]:
         """The training rows in the batches of one epoch, the first of which is 0."""
@@ -295,6 +317,7 @@ class Tuning:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.model.train()
         torch.manual_seed(seed_of(self.choices.seed, self.step, rank))  # what drops out at this step
+        theirs = self._of_target(len(rows), epoch)
         for start in range(0, len(mine), self.micro):
             part = mine[start : start + self.micro]
             last = start + self.micro >= len(mine)
@@ -312,10 +335,12 @@ class Tuning:
                         inputs[0], targets, weights, self.choices.mixup, self.choices.seed, self.step
                     )
                     inputs = (pixels,)
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    logits = self.model(*inputs, known=known)
-                losses = -(targets * logits.float().log_softmax(dim=1)).sum(dim=1)
+                seen, logits = self._learned_from(inputs, known)
+                losses = -(targets * logits.log_softmax(dim=1)).sum(dim=1)
                 loss = (weights * losses).sum() / whole * (0 if idle else 1)
+                if len(beside := theirs[start : start + self.micro]):
+                    share = self.choices.alignment_weight * len(part) / len(mine)
+                    loss = loss + share * self._alignment(seen, logits, beside, epoch)
                 # Several processes end up with the mean of their gradients, and the sum is wanted.
                 (loss * count).backward()
             truth = torch.from_numpy(self.labels.truth[part]).to(self.device)
@@ -323,6 +348,45 @@ class Tuning:
             sums += torch.stack([loss.detach().double(), right.double()])
         loss, right = self.accelerator.reduce(sums, "sum").tolist()
         return loss, int(right)
+
+    def _learned_from(self, inputs: tuple[Tensor, ...], known: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Vectors and logits of a batch in training."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            both: tuple[Tensor, Tensor] = self.model(*inputs, known=known, both=True)
+        return both
+
+    def _of_target(self, count: int, epoch: int) -> Rows:
+        """The rows of the target for the step at hand, at most ``count``, in an order new in every epoch."""
+        if not len(self.target_rows):
+            return self.target_rows
+        if epoch != self.target_order[0]:
+            chance = np.random.default_rng([self.choices.seed, epoch, 1])
+            self.target_order = epoch, self.pack.order(self.target_rows, self.choices.batch, chance)
+        order = self.target_order[1]
+        return order[self.step % self.per_epoch % len(order)][:count]
+
+    def _alignment(self, vectors: Tensor, logits: Tensor, beside: Rows, epoch: int) -> Tensor:
+        """How differently the network sees a batch of the source and these rows of the target."""
+        if self.choices.alignment == "consistency":
+            with torch.no_grad():
+                weak = self._learned_from(*self._inputs(beside, epoch))[1]
+            return alignment.consistency(weak, self._learned_from(*self._changed(beside, epoch))[1])
+        there = self._learned_from(*self._inputs(beside, epoch))
+        factor = alignment.ramp(self.step / (self.epochs * self.per_epoch))
+        return alignment.between(
+            str(self.choices.alignment), (vectors, logits), there, self.classifier.discriminator, factor
+        )
+
+    def _changed(self, rows: Rows, epoch: int) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """As ``_inputs``, but pictures changed much, and texts without some of their tokens."""
+        if self.classifier.spec.modality == "image":
+            (pixels,) = (torch.from_numpy(array).to(self.device) for array in self.pack.batch(rows))
+            much = self.choices.augment.model_copy(update=augmentation.MUCH)
+            return (augmentation.augmented(pixels, much, self.choices.seed, epoch, rows),), None
+        (ids, mask), known = self._inputs(rows)
+        kept = torch.rand(mask.shape, device=mask.device) >= TOKENS_DROPPED
+        kept[:, 0] = True  # a text of nothing has no mean
+        return (ids, mask * kept), known
 
     def _inputs(self, rows: Rows, epoch: int | None = None) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """What the classifier is given; with an ``epoch``, pictures as they look in it."""

@@ -6,6 +6,7 @@ an interval. Never writes a file and never touches the model: it measures the wa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import sqrt
 
 import numpy as np
@@ -17,10 +18,11 @@ from headstart.layout import Layout
 from headstart.metrics import METRICS, scores
 from headstart.progress import bar
 from headstart.recipe import Recipe
-from headstart.training import Examples, Rows, fit, load
+from headstart.training import Examples, Rows, adapted, fit, load, source_of
 
 # A quarter of the training folds chooses the penalty: 60/20/20 with five folds, as in a recipe.
 INNER_FOLDS = 4
+EXPECTED = ("expected", "low", "high")
 
 
 def cross_validate(
@@ -79,6 +81,96 @@ def cross_validate(
             }
         )
     return pd.DataFrame(lines)
+
+
+def adapt_each_pair(recipe: Recipe, layout: Layout, folds: int = 2, seeds: int = 1) -> pd.DataFrame:
+    """Adapt the recipe's model from every domain to every other, as if the other had no labels.
+
+    The target is dealt into folds, groups whole and without a look at its labels. For each fold the model is
+    adapted with the rows of the others, and says what the rows of the fold are; the answers of all folds are
+    scored together, so every row of the target is a test row once. Its labels score, and do nothing else.
+
+    Args:
+        recipe: one that has all labels. ``fine_tune`` tunes the backbone on each source first.
+        layout: where manifest and features lie.
+        folds: of each target, at least 2.
+        seeds: repetitions, each with folds and training of its own.
+
+    Returns:
+        One line per seed and pair: ``seed``, ``source``, ``target``, ``rows``, ``chosen`` (the way to adapt,
+        or several if the folds differ), ``source_only`` and ``adapted`` (balanced accuracies), ``gain``,
+        ``auroc``, ``accuracy``, and what was ``expected`` of the latter with ``low`` and ``high``.
+
+    Raises:
+        HeadstartError: fewer than two domains, fewer groups than folds, or whatever ``train`` raises.
+    """
+    tune = recipe.train.method == "fine_tune" or recipe.train.tune
+    examples = load(recipe, layout)
+    domains = examples.manifest["domain"].to_numpy()
+    names = sorted(set(domains))
+    if len(names) < 2 or (examples.truth < 0).any():
+        raise HeadstartError(
+            "pairs of domains need at least two, with labels to score by",
+            where=str(layout.manifest),
+            do="name a recipe without `validate: target_domain`, of data that say which domain a row is of",
+        )
+    lines = []
+    for seed, name in bar([(s, n) for s in range(seeds) for n in names], desc="adapting", unit=" sources"):
+        choices = {"seed": recipe.train.seed + seed, "method": "domain_adaptation", "tune": tune}
+        chosen = recipe.training(**choices)
+        train, val = _split(examples, np.flatnonzero(domains == name), 1 + INNER_FOLDS, seed, False)[0]
+        source = source_of(chosen, layout, examples, train, val)
+        if source is None:
+            continue  # one of several processes; the first of them reports
+        for other in sorted(set(names) - {name}):
+            there = np.flatnonzero(domains == other)
+            fold = splits.folds(examples.manifest.iloc[there].assign(label=""), folds, seed)
+            found = np.empty((len(there), len(examples.classes)))
+            models = []
+            for held in range(folds):
+                held_out = there[fold == held]
+                blind = replace(source, examples=source.examples.blind(there, held_out))
+                models.append(adapted(chosen.train, blind, train, val))
+                found[fold == held] = models[-1].probabilities(held_out)
+            truth = examples.truth[there]
+            before = scores(truth, source.head.probabilities(source.examples.features[there]))
+            after = scores(truth, found)
+            lines.append(
+                {
+                    "seed": seed,
+                    "source": name,
+                    "target": other,
+                    "rows": len(there),
+                    "chosen": " / ".join(sorted({model.chosen for model in models})),
+                    "source_only": before["balanced_accuracy"],
+                    "adapted": after["balanced_accuracy"],
+                    "gain": after["balanced_accuracy"] - before["balanced_accuracy"],
+                    "auroc": after["auroc"],
+                    "accuracy": after["accuracy"],
+                    **dict(zip(EXPECTED, np.mean([model.expected for model in models], axis=0), strict=True)),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def format_pairs(rows: pd.DataFrame) -> str:
+    """What ``adapt_each_pair`` returned, for a terminal: the mean over the seeds, per pair and of all."""
+    numbers = ["source_only", "adapted", "gain", "auroc", "accuracy", *EXPECTED]
+    pairs = rows.groupby(["source", "target"])
+    table = pairs[numbers].mean().assign(chosen=pairs["chosen"].agg(lambda c: " / ".join(sorted(set(c)))))
+    text = table.reset_index().to_string(index=False, formatters=dict.fromkeys(numbers, "{:.3f}".format))
+    off = (rows["expected"] - rows["accuracy"]).abs().mean()
+    held = ((rows["low"] <= rows["accuracy"]) & (rows["accuracy"] <= rows["high"])).mean()
+    return "\n".join(
+        [
+            f"{len(table)} pairs, {rows['seed'].nunique()} seeds; balanced accuracy on held-out target rows",
+            "",
+            text,
+            "",
+            f"mean gain {rows['gain'].mean():+.3f}, worst pair {table['gain'].min():+.3f}",
+            f"accuracy expected without labels: off by {off:.3f} on average, interval right in {held:.0%}",
+        ]
+    )
 
 
 def summarise(rows: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:

@@ -163,11 +163,24 @@ Adaptation = Literal[
     "minimum_class_confusion",
     "self_training",
     "standardised_self_training",
+    "consensus",
+]
+
+
+Alignment = Literal[
+    "domain_adversarial",
+    "conditional_adversarial",
+    "deep_coral",
+    "mmd",
+    "joint_mmd",
+    "class_confusion",
+    "information_maximisation",
+    "consistency",
 ]
 
 
 class Train(Block):
-    """How the model is built. The keys below ``adaptation`` are those of ``fine_tune``."""
+    """How the model is built. The keys from ``head_first`` on are those of ``fine_tune``, and of ``tune``."""
 
     method: Literal["feature_extraction", "fine_tune", "domain_adaptation"] = "feature_extraction"
     """``feature_extraction``: the backbone stays frozen, a linear head is trained on its features.
@@ -180,8 +193,17 @@ class Train(Block):
     l2: list[float] = Field(default=[1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0], min_length=1)
     """L2 penalties to try; validation log-loss chooses."""
     adaptation: Adaptation | None = None
-    """How `domain_adaptation` adapts; by default ``self_training``, after standardising where the target has
-    moved."""
+    """How `domain_adaptation` adapts the head; by default what the shift between the domains asks for."""
+    tune: bool = False
+    """Fine-tune the backbone on the source domains before `domain_adaptation` adapts the head."""
+    alignment: Alignment | None = None
+    """What ``tune`` adds to the loss of each step, on as many rows of the target as of the source, so that
+    the backbone learns to see both alike."""
+    alignment_weight: float = Field(default=1.0, ge=0)
+    """Factor of that part of the loss."""
+    teach: bool = False
+    """After ``tune`` and adapting, tune anew with the target's rows too, labelled as the adapted head names
+    them, its doubts included."""
     head_first: bool = True
     """Start from the head that fits the frozen features best, instead of a random one."""
     epochs: int = Field(default=3, ge=1)
@@ -201,8 +223,8 @@ class Train(Block):
     """Of the backbone's last layers; by default 1e-3 for images and 1e-4 for texts."""
     head_learning_rate: float | None = Field(default=None, gt=0)
     """Of the head; by default that of the backbone's last layers."""
-    layer_decay: float = Field(default=0.8, gt=0, le=1)
-    """Each layer learns this much slower than the one after it."""
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
+    """Each layer learns this much slower than the one after it; by default 0.8 for images, 1 for texts."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Of weights alone: biases and normalisation are left free."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
@@ -222,6 +244,8 @@ class Train(Block):
     """Keep the statistics of BatchNorm that the backbone came with, or let every batch change them."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of the head's inputs that are left out at each step."""
+    backbone_dropout: float | None = Field(default=0.0, ge=0, lt=1)
+    """Share left out wherever the backbone itself drops out; null for what it came with."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each label that is spread over all classes."""
     mixup: float = Field(default=0.0, ge=0)
@@ -235,12 +259,23 @@ class Train(Block):
 
     @model_validator(mode="after")
     def _of_one_method(self) -> Train:
-        if self.adaptation and self.method != "domain_adaptation":
-            raise ValueError("adaptation: only with `method: domain_adaptation`")
-        alien = self.model_fields_set - {"method", "seed", "class_weight", "l2", "adaptation"}
-        if alien and self.method != "fine_tune":
-            raise ValueError(f"{', '.join(sorted(alien))}: only with `method: fine_tune`")
+        if (self.adaptation or self.tune) and self.method != "domain_adaptation":
+            raise ValueError("adaptation, tune: only with `method: domain_adaptation`")
+        if self.alignment and (not self.tune or self.mixup):
+            raise ValueError("alignment: only with `tune: true`, and without mixup")
+        if self.teach and not self.tune:
+            raise ValueError("teach: only with `tune: true`")
+        alien = self.model_fields_set - {"method", "seed", "class_weight", "l2", "adaptation", "tune"}
+        if alien and not self.trains_backbone:
+            raise ValueError(
+                f"{', '.join(sorted(alien))}: only with `method: fine_tune`, or with `tune: true`"
+            )
         return self
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether the backbone is trained too, for which packed rows are needed."""
+        return self.method == "fine_tune" or self.tune
 
 
 class Evaluate(Block):
@@ -278,8 +313,9 @@ class Recipe(Block):
             raise ValueError(
                 "validate.target_domain, train.method: a target domain and `domain_adaptation` go together"
             )
-        if self.train.method == "fine_tune" and not self.features.packed:
-            raise ValueError("features.packed: `train: method: fine_tune` needs `features: packed: true`")
+        if self.train.trains_backbone and not self.features.packed:
+            wants = "method: fine_tune" if self.train.method == "fine_tune" else "tune: true"
+            raise ValueError(f"features.packed: `train: {wants}` needs `features: packed: true`")
         if self.train.lora and self.modality == "image":
             raise ValueError("train.lora: needs a backbone of `transformers`")
         if self.modality == "text" and self.features.views > 1:

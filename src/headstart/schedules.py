@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Of the last layers: transformers forget at rates at which convolutions learn. docs/explanation/results.md
 # has figures.
 LEARNING_RATE = {"image": 1e-3, "text": 1e-4}
+LAYER_DECAY = {"image": 0.8, "text": 1.0}
 STEP_EPOCHS, STEP_FACTOR = 7, 0.1  # the step schedule of the classic tutorials
 
 
@@ -35,19 +36,19 @@ def groups(
     backbone: Iterable[tuple[str, Parameter]],
     head: Iterable[tuple[str, Parameter]],
     choices: Train,
-    rate: float,
+    modality: str,
 ) -> list[dict[str, Any]]:
     """Parameter groups with their base learning rates: layers by depth, with and without weight decay.
 
     Layers learn slower the further they are from the head (Howard & Ruder 2018, discriminative fine-tuning):
-    the last at ``rate``, each one before it at ``layer_decay`` of the next. Biases and normalisation, which
-    have one dimension, do not decay.
+    the last at ``learning_rate``, each one before it at ``layer_decay`` of the next. Biases and
+    normalisation, which have one dimension, do not decay.
 
     Args:
         backbone: parameters to train, in the order in which the network runs.
         head: those of the head.
-        choices: ``layer_decay``, ``weight_decay``, ``head_learning_rate``.
-        rate: learning rate of the last layers.
+        choices: ``learning_rate``, ``layer_decay``, ``weight_decay``, ``head_learning_rate``.
+        modality: ``image`` or ``text``, whose defaults differ.
 
     Returns:
         Dicts of ``params``, ``lr`` (base), ``weight_decay``, and ``depth``: 0 for the
@@ -56,9 +57,11 @@ def groups(
     layers: dict[str, list[Parameter]] = {}
     for name, parameter in backbone:
         layers.setdefault(layer_of(name), []).append(parameter)
+    rate = choices.learning_rate or LEARNING_RATE[modality]
+    decay = choices.layer_decay or LAYER_DECAY[modality]
     found = []
     for depth, (_, parameters) in enumerate(reversed(layers.items()), start=1):
-        found += _by_decay(parameters, rate * choices.layer_decay ** (depth - 1), choices, depth)
+        found += _by_decay(parameters, rate * decay ** (depth - 1), choices, depth)
     parameters = [parameter for _, parameter in head]
     return _by_decay(parameters, choices.head_learning_rate or rate, choices, 0) + found
 

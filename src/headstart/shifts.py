@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from headstart.heads import Features, Singles, fit
 from headstart.metrics import TINY, Floats, Ints, levels, resampled
 
 Groups = NDArray[Any]
+# "none": not shown by both tests. "labels": other class shares explain all that the tests see.
+Kind = Literal["none", "labels", "features"]
 
 PENALTY = 0.1  # of the domain classifier; on 1,280 dimensions 0.01 to 1 give nearly the same AUROC
 FOLDS = 5
@@ -83,6 +85,7 @@ class Diagnosis:
     predicted: Floats  # [k], share of each class among the classes that the classifier names on the target
     location: float
     ordered: float
+    kind: Kind
     words: list[str]
 
 
@@ -523,10 +526,14 @@ def diagnose(  # noqa: PLR0917  # two sides of features, groups and probabilitie
         predicted=np.bincount(theirs.argmax(axis=1), minlength=k) / len(theirs),
         location=location(source, target, sides, seed=seed) if p <= SIGNIFICANT else np.nan,
         ordered=ordered(theirs, sides[1]),
+        kind="none",
         words=[],
     )
     few = min(len(np.unique(side)) for side in sides)
-    return replace(found, words=_words(found, by_features, by_answers, few, classes))
+    kind: Kind = "none" if _tests(found) < 2 else "features"
+    if _of_labels(found, by_features, by_answers) and by_features.p > SIGNIFICANT:
+        kind = "labels"
+    return replace(found, kind=kind, words=_words(found, by_features, by_answers, few, classes))
 
 
 @dataclass(frozen=True)
@@ -541,6 +548,27 @@ class _Explained:
         return cls(1 - after[0] / before if before > 0 else 0.0, after[1])
 
 
+def _tests(found: Diagnosis) -> int:
+    """How many of the two tests show that the features have shifted."""
+    return int(found.separability.low > 0.5) + int(found.mmd_p <= SIGNIFICANT)
+
+
+def _differs(shift: LabelShift) -> bool:
+    """Whether the classes have other shares, and so much that it matters."""
+    return shift.shown and float(np.abs(shift.prior - shift.source_prior).sum()) / 2 >= MATTERS
+
+
+def _mixed(answers: _Explained) -> bool:
+    """Whether a mixture of the source's classes gives the answers that the target gets."""
+    return answers.gone >= MOST and (answers.p > SIGNIFICANT or answers.gone >= NEARLY_ALL)
+
+
+def _of_labels(found: Diagnosis, features: _Explained, answers: _Explained) -> bool:
+    """Whether it looks like label shift, perhaps among other things."""
+    fits = features.p > SIGNIFICANT or features.gone >= HALF
+    return _differs(found.label_shift) and _mixed(answers) and fits
+
+
 def _words(
     found: Diagnosis, features: _Explained, answers: _Explained, few: int, classes: Sequence[str]
 ) -> list[str]:
@@ -552,7 +580,7 @@ def _words(
         share += f" ({shift.low[changed]:.0%}-{shift.high[changed]:.0%})"
     share += f", against {shift.source_prior[changed]:.0%} of the source"
 
-    tests = int(apart.low > 0.5) + int(found.mmd_p <= SIGNIFICANT)
+    tests = _tests(found)
     figures = (
         f"a linear classifier tells the two sides apart with AUROC {apart.value:.2f} "
         f"({apart.low:.2f}-{apart.high:.2f}, where 0.5 is no difference), and the kernel test of one "
@@ -567,9 +595,8 @@ def _words(
     if few < 2:
         words = ["Whether the features have shifted cannot be told: one side is a single group."]
 
-    differs = shift.shown and np.abs(shift.prior - shift.source_prior).sum() / 2 >= MATTERS
-    mixed = answers.gone >= MOST and (answers.p > SIGNIFICANT or answers.gone >= NEARLY_ALL)
-    if differs and mixed and (features.p > SIGNIFICANT or features.gone >= HALF):
+    differs, mixed = _differs(shift), _mixed(answers)
+    if _of_labels(found, features, answers):
         words.append(
             f"It looks like label shift: {share}; source rows drawn in the estimated shares get the same "
             f"answers as the target (p = {answers.p:.2f})."

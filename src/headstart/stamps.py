@@ -21,6 +21,7 @@ LIBRARY = Path(__file__).parent
 MODULES = (
     "activations",
     "adaptation",
+    "alignment",
     "attention",
     "augmentation",
     "backbones",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from headstart.shifts import Diagnosis
 
 Rows = NDArray[np.int64]
+PUT_ASIDE: dict[str, Any] = {"label": HIDDEN, "confidence": 1.0, "weight": 1.0, "split": "train"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,25 @@ class Examples:
     def rows(self, *splits: str) -> Rows:
         """Positions of the labelled rows in these splits."""
         return np.flatnonzero(self.manifest["split"].isin(splits) & (self.truth >= 0))
+
+    def blind(self, target: Rows, held_out: Rows) -> Examples:
+        """The same, as if these rows were of a target domain without labels, and some of them for testing.
+
+        As ``validate`` puts them aside: the doubt and the weight of a row tell of its label.
+        """
+        truth = self.truth.copy()
+        truth[target] = -1
+        columns = {name: self.manifest[name].to_numpy(copy=True) for name in PUT_ASIDE}
+        for name, blank in PUT_ASIDE.items():
+            columns[name][target] = blank
+        columns["split"][held_out] = "test"
+        return replace(self, truth=truth, manifest=self.manifest.assign(**columns))
+
+    def named(self, rows: Rows, probabilities: Floats) -> Examples:
+        """The same, with the likeliest classes for labels of these rows, and their doubt."""
+        truth, confidence = self.truth.copy(), self.manifest["confidence"].to_numpy(copy=True)
+        truth[rows], confidence[rows] = probabilities.argmax(axis=1), probabilities.max(axis=1)
+        return replace(self, truth=truth, manifest=self.manifest.assign(confidence=confidence))
 
     def unlabelled(self, *splits: str) -> Rows:
         """Positions of the target domain's rows in these splits."""
@@ -82,10 +102,12 @@ def train(recipe: Recipe, layout: Layout) -> None:
         HeadstartError: files are missing or of different runs, features are not finite, a class has no
             rows to learn from, or fine-tuning cannot go on.
     """
-    if recipe.train.method == "fine_tune":
+    if recipe.train.trains_backbone:
         from headstart import devices, launching
 
-        if not launching.launched() and (processes := devices.processes()) > 1:
+        # Domains are compared, and rows labelled anew, within one process.
+        alone = recipe.train.alignment or recipe.train.teach
+        if not launching.launched() and (processes := devices.processes()) > 1 and not alone:
             launching.train(Path("recipes") / f"{layout.recipe}.yaml", processes)
             return
     stamped = stamps.take(recipe, layout)  # first: a choice edited from here on is not what was used
@@ -105,7 +127,8 @@ def train(recipe: Recipe, layout: Layout) -> None:
         columns = {f"p:{name}": probabilities[:, i] for i, name in enumerate(examples.classes)}
         predictions = predictions.reset_index(drop=True).assign(**columns)
         predictions.to_parquet(folder / "predictions.parquet", index=False)
-    shutil.rmtree(layout.work / "train" / key, ignore_errors=True)
+    for folder in (layout.work / "train").glob(f"{key}*/"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def fit(
@@ -127,15 +150,29 @@ def fit(
     Raises:
         HeadstartError: as for ``train``.
     """
-    if recipe.train.method == "feature_extraction":
+    source = source_of(recipe, layout, examples, train, val, key=key)
+    if source is None or recipe.train.method != "domain_adaptation":
+        return source
+    model = adapted(recipe.train, source, train, val)
+    return taught(recipe, layout, examples, model, train, val, key=key) if recipe.train.teach else model
+
+
+def source_of(
+    recipe: Recipe, layout: Layout, examples: Examples, train: Rows, val: Rows, *, key: str | None = None
+) -> Frozen | Tuned | None:
+    """The same as ``fit``, before any adaptation of the head.
+
+    With ``tune``, the features of its examples are those of the trained backbone.
+    """
+    if not recipe.train.trains_backbone:
         return Frozen(examples, *fit_rows(examples, recipe.train, train, val))
-    if recipe.train.method == "domain_adaptation":
-        return adapted(examples, recipe.train, train, val)
     tuning, frozen = begin(recipe, layout, examples, train, val, key=key)
     tuning.run()
-    if not tuning.accelerator.is_main_process:
-        return None
-    return Tuned(recipe, tuning, frozen, layout.work / "train" / f"{key}.csv" if key is not None else None)
+    clock = layout.work / "train" / f"{key}.csv" if key is not None else None
+    tuned = Tuned(recipe, examples, tuning, frozen, clock)
+    if recipe.train.tune:
+        tuned = tuned.with_features()  # while all processes are at hand
+    return tuned if tuning.accelerator.is_main_process else None
 
 
 @dataclass(frozen=True)
@@ -162,59 +199,14 @@ class Frozen:
         """float64 [rows, classes]."""
         return self.head.probabilities(self.examples.features[rows])
 
+    def write(self, folder: Path, rows: Rows) -> Features:
+        """Write nothing, as the backbone is that of ``fetch``; return its features [rows, d]."""
+        features: Features = self.examples.features[rows]
+        return features
+
     def publish(self, folder: Path, rows: Rows) -> Floats:
         """Write ``head.safetensors``."""
         self.head.save(folder / "head.safetensors")
-        return self.probabilities(rows)
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """Domain adaptation: a head for the target domain on the features of a backbone that stays as it is."""
-
-    source: Frozen  # what the labels alone would give
-    head: Head
-    method: str
-    reason: str
-    shift: Diagnosis
-
-    @property
-    def said(self) -> dict[str, Any]:
-        """How it was adapted and why, from what, and how the domains differ."""
-        shift = self.shift
-        numbers = {
-            "separability": shift.separability.value,
-            "mmd": shift.mmd,
-            "mmd_p": shift.mmd_p,
-            "location": shift.location,
-            "ordered": shift.ordered,
-        }
-        told = {name: round(value, 4) if np.isfinite(value) else None for name, value in numbers.items()}
-        shares = {"source": shift.label_shift.source_prior, "target": shift.label_shift.prior}
-        return {
-            "adaptation": self.method,
-            "reason": self.reason,
-            "shift": told
-            | {f"{side}_shares": [round(float(s), 4) for s in of] for side, of in shares.items()}
-            | {"words": shift.words},
-        } | self.source.said
-
-    @property
-    def chosen(self) -> str:
-        """The way of adapting."""
-        return self.method
-
-    def probabilities(self, rows: Rows) -> Floats:
-        """float64 [rows, classes]: rows of the target domain by the adapted head, others by the source's."""
-        target = self.source.examples.truth[rows] < 0
-        found = self.source.probabilities(rows)
-        found[target] = self.head.probabilities(self.source.examples.features[rows[target]])
-        return found
-
-    def publish(self, folder: Path, rows: Rows) -> Floats:
-        """Write ``head.safetensors``, and beside it ``source.safetensors``, which was not adapted."""
-        self.head.save(folder / "head.safetensors")
-        self.source.head.save(folder / "source.safetensors")
         return self.probabilities(rows)
 
 
@@ -223,9 +215,15 @@ class Tuned:
     """Fine-tuning: a backbone and a head that were trained together."""
 
     recipe: Recipe
+    examples: Examples  # the features are those of the backbone before it was trained
     tuning: Tuning
     frozen: Frozen | None
     clock: Path | None
+
+    @property
+    def head(self) -> Head:
+        """The head, for features of the trained backbone."""
+        return self.tuning.classifier.head()
 
     @property
     def said(self) -> dict[str, Any]:
@@ -239,14 +237,20 @@ class Tuned:
         """The epoch."""
         return f"epoch {self.tuning.history.chosen}"
 
+    def with_features(self) -> Tuned:
+        """The same, with the trained backbone's features of all rows for examples."""
+        everything = np.arange(len(self.examples.truth))
+        return replace(self, examples=replace(self.examples, features=self.tuning.vectors(everything)))
+
     def probabilities(self, rows: Rows) -> Floats:
         """float64 [rows, classes]."""
         return self.tuning.probabilities(rows)
 
-    def publish(self, folder: Path, rows: Rows) -> Floats:
-        """Write ``backbone/``, ``head.safetensors``, ``arithmetic.safetensors`` and the history.
+    def write(self, folder: Path, rows: Rows) -> Features:
+        """Write ``backbone/``, ``arithmetic.safetensors`` and the history.
 
-        The probabilities are those of the files, computed as a served model computes them.
+        Returns:
+            Features [rows, d] by the files, computed as a served model computes them.
         """
         from headstart import features
 
@@ -265,11 +269,82 @@ class Tuned:
         )
         arithmetic.save(folder / "arithmetic.safetensors")
         extractor = features.Extractor(folder / "backbone", self.recipe.features, arithmetic)
-        vectors = extractor.read(features.Packed(pack, rows, extractor.device.type))
-        return Head.load(folder / "head.safetensors").probabilities(vectors)
+        return extractor.read(features.Packed(pack, rows, extractor.device.type))
+
+    def publish(self, folder: Path, rows: Rows) -> Floats:
+        """Write ``head.safetensors`` beside what ``write`` writes."""
+        vectors = self.write(folder, rows)
+        self.head.save(folder / "head.safetensors")
+        return self.head.probabilities(vectors)
 
 
-def adapted(examples: Examples, choices: Train, train: Rows, val: Rows) -> Adapted:
+@dataclass(frozen=True)
+class Adapted:
+    """Domain adaptation: a head for the target domain, beside the model of the source domains."""
+
+    source: Frozen | Tuned
+    head: Head
+    method: str
+    reason: str
+    shift: Diagnosis
+    expected: tuple[float, float, float]  # accuracy on the target, and an 80 % interval
+    taught: Tuned | None = None  # by this model: one for all domains
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """How it was adapted and why, from what, and how the domains differ."""
+        shift = self.shift
+        numbers = {
+            "separability": shift.separability.value,
+            "mmd": shift.mmd,
+            "mmd_p": shift.mmd_p,
+            "location": shift.location,
+            "ordered": shift.ordered,
+        }
+        told = {name: round(value, 4) if np.isfinite(value) else None for name, value in numbers.items()}
+        shares = {"source": shift.label_shift.source_prior, "target": shift.label_shift.prior}
+        return {
+            "adaptation": self.method,
+            "reason": self.reason,
+            "expected_accuracy": dict(
+                zip(("value", "low", "high"), (round(e, 4) for e in self.expected), strict=True)
+            ),
+            "shift": told
+            | {f"{side}_shares": [round(float(s), 4) for s in of] for side, of in shares.items()}
+            | {"kind": shift.kind, "words": shift.words},
+        } | (self.taught or self.source).said
+
+    @property
+    def chosen(self) -> str:
+        """The way of adapting."""
+        return self.method
+
+    def probabilities(self, rows: Rows) -> Floats:
+        """float64 [rows, classes]: rows of the target domain by the adapted head, others by the source's."""
+        if self.taught:
+            return self.taught.probabilities(rows)
+        return self._told(self.source.examples.features[rows], rows)
+
+    def publish(self, folder: Path, rows: Rows) -> Floats:
+        """Write the source's files, ``head.safetensors``, and the head before as ``source.safetensors``.
+
+        Of a model that was taught, what it writes itself.
+        """
+        if self.taught:
+            return self.taught.publish(folder, rows)
+        vectors = self.source.write(folder, rows)
+        self.head.save(folder / "head.safetensors")
+        self.source.head.save(folder / "source.safetensors")
+        return self._told(vectors, rows)
+
+    def _told(self, vectors: Features, rows: Rows) -> Floats:
+        target = self.source.examples.truth[rows] < 0
+        found = self.source.head.probabilities(vectors)
+        found[target] = self.head.probabilities(vectors[target])
+        return found
+
+
+def adapted(choices: Train, source: Frozen | Tuned, train: Rows, val: Rows) -> Adapted:
     """A head for the target domain, from labelled rows ``train`` and ``val`` of the source domains.
 
     Of the target domain the rows of its test split take no part.
@@ -279,32 +354,74 @@ def adapted(examples: Examples, choices: Train, train: Rows, val: Rows) -> Adapt
     """
     from headstart import adaptation, shifts
 
-    frozen = Frozen(examples, *fit_rows(examples, choices, train, val))
+    examples = source.examples
     targets, weights = labels(examples, choices, train)
-    source = adaptation.Source(_finite(examples, train), targets[train], weights[train])
+    labelled = adaptation.Source(_finite(examples, train), targets[train], weights[train])
     there = examples.unlabelled("train", "val")
     target = _finite(examples, there)
     if len(target) < 2:
         raise HeadstartError("the target domain has no rows to adapt to", do="add rows of the target domain")
-    method, reason = (
-        (str(choices.adaptation), "named in the recipe")
-        if choices.adaptation
-        else adaptation.choose(frozen.head, examples.features[val], target)
-    )
-    head = adaptation.adapt(method, source, target, frozen.penalty, seed=choices.seed)
     groups = examples.manifest["group"].to_numpy()
     shift = shifts.diagnose(
         examples.features[val],
         examples.truth[val],
         groups[val],
-        frozen.probabilities(val),
+        source.head.probabilities(examples.features[val]),
         target,
         groups[there],
-        frozen.head.probabilities(target),
+        source.head.probabilities(target),
         examples.classes,
         seed=choices.seed,
     )
-    return Adapted(frozen, head, method, reason, shift)
+    method, reason = (
+        (str(choices.adaptation), "named in the recipe")
+        if choices.adaptation
+        else adaptation.choose(source.head, examples.features[val], target, shift.kind)
+    )
+    head = source.head
+    if method != "source_only":
+        head = adaptation.adapt(method, labelled, target, adaptation.PENALTY, seed=choices.seed)
+    expected = adaptation.expected_accuracy(
+        head,
+        (examples.features[val], examples.truth[val]),
+        labelled.features,
+        target,
+        method in adaptation.MOVING,
+    )
+    return Adapted(source, head, method, reason, shift, expected)
+
+
+def taught(  # noqa: PLR0917  # as ``fit``, and the teacher
+    recipe: Recipe,
+    layout: Layout,
+    examples: Examples,
+    model: Adapted,
+    train: Rows,
+    val: Rows,
+    *,
+    key: str | None = None,
+) -> Adapted:
+    """A backbone and a head that were fine-tuned anew, on the target's rows as an adapted model names them.
+
+    Self-training by a new network (Xie et al. 2020, "Noisy student", arXiv:1911.04252, without the noise):
+    starting from the backbone of ``fetch`` it does not inherit what the first one made up. The source's rows
+    stay among those it learns from.
+
+    Raises:
+        HeadstartError: as for ``train``.
+    """
+    there = examples.unlabelled("train", "val")
+    known = examples.named(there, model.probabilities(there))
+    again = source_of(
+        recipe.training(method="fine_tune", tune=False, alignment=None, teach=False),
+        layout,
+        known,
+        np.sort(np.concatenate([train, there])),
+        val,
+        key=None if key is None else f"{key}-taught",
+    )
+    assert isinstance(again, Tuned)  # in one process, with a backbone that is trained
+    return replace(model, head=again.head, taught=again)
 
 
 def begin(
@@ -336,8 +453,9 @@ def begin(
     targets, weights = labels(examples, recipe.train, train)
     work = layout.work / "train"
     if key is not None:
-        for other in set(work.glob("*/")) - {work / key}:
-            shutil.rmtree(other, ignore_errors=True)
+        for other in work.glob("*/"):
+            if not key.startswith(other.name):  # the run at hand, or what it goes on from
+                shutil.rmtree(other, ignore_errors=True)
     tuning = Tuning(
         classifier,
         packs.load(layout, recipe.modality, classifier.padding),
@@ -350,6 +468,7 @@ def begin(
         ),
         train,
         val,
+        target=examples.unlabelled("train", "val") if recipe.train.alignment else None,
         checkpoints=Checkpoints(work / key) if key is not None else None,
         work=work,
     )
