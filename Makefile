@@ -49,7 +49,12 @@ bench-finetune: $(READY) ## measure fine-tuning against plain loops, timm and Tr
 bench-few-labels: $(READY) ## measure quality over the number of labels (after running the -tuned recipes)
 	python benchmarks/few_labels.py
 
-bench-adaptation: $(READY) ## measure every way to adapt on every pair of domains (after make demo)
+.venv-peers/.ready: benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet -r benchmarks/peers.txt
+	touch $@
+
+bench-adaptation: $(READY) .venv-peers/.ready ## measure every way to adapt, ours and others' (after running the -tuned recipes)
 	python benchmarks/adaptation.py
 
 bench-sentiment: $(READY) ## compare sentiment with rules (after both sentiment recipes have run)

@@ -230,8 +230,19 @@ def test_of_a_target_without_labels_the_page_says_that_nothing_is_known(tmp_path
 def test_the_page_tells_of_the_shift(tmp_path: Path) -> None:
     layout = put_aside(tmp_path, labelled=True)
     path = layout.model / "model.json"
-    shift = {"adaptation": "coral", "reason": "named in the recipe", "shift": {"words": ["It has moved."]}}
+    shift = {
+        "adaptation": "coral",
+        "reason": "named in the recipe",
+        "taught": True,
+        "expected_accuracy": {"value": 0.781, "low": 0.69, "high": 0.87},
+        "shift": {"words": ["It has moved."]},
+    }
     path.write_text(json.dumps(json.loads(path.read_text()) | shift))
     evaluate(cached.adapting(), layout)
     page = (layout.evidence / "summary.md").read_text()
-    assert "## The shift\n\n- It has moved.\n\nAdapted by `coral`: named in the recipe.\n" in page
+    assert (
+        "## The shift\n\n- It has moved.\n\nAdapted by `coral`: named in the recipe. Then a new backbone"
+        in page
+    )
+    accuracy = metrics(layout)["test"]["accuracy"]["value"]
+    assert f"target's labels: 0.78 (0.69-0.87); measured is {accuracy:.2f}." in page

@@ -122,11 +122,24 @@ def answers_of_the_candidate(project: Project, rows: pd.DataFrame, name: str = "
     return pd.read_parquet(project.root / "answers.parquet")
 
 
-def test_a_domain_without_labels_is_adapted_to_registered_and_served(finished: Project) -> None:
+@pytest.mark.parametrize(
+    ("choices", "tolerance"),
+    [
+        ({}, 2e-2),  # bfloat16 has 8 bits
+        ({"tune": True, "alignment": "domain_adversarial", "adaptation": "coral", "epochs": 1}, 1e-5),
+        ({"tune": True, "teach": True, "epochs": 1}, 1e-5),
+    ],
+)
+def test_a_domain_without_labels_is_adapted_to_registered_and_served(
+    choices: dict[str, object], tolerance: float, finished: Project
+) -> None:
     text = (finished.root / "recipes/moods.yaml").read_text()
     text = text.replace('"adapter": "table"', '"adapter": "table", "target_domain": "b"')
+    if choices:
+        text = text.replace("features: {}", 'features: {"packed": true, "precision": "float32"}')
+    train = json.dumps({"method": "domain_adaptation"} | choices)
     recipe = finished.root / "recipes/shops.yaml"
-    recipe.write_text(text.replace("train: {}", 'train: {"method": "domain_adaptation"}'))
+    recipe.write_text(text.replace("train: {}", f"train: {train}"))
     printed = finished.ok("headstart", "run", "recipes/shops.yaml")
     assert "registered as shops version 1" in printed
     assert "shops: nothing changed, nothing done" in finished.ok("headstart", "run", "recipes/shops.yaml")
@@ -138,7 +151,8 @@ def test_a_domain_without_labels_is_adapted_to_registered_and_served(finished: P
     rows = expected[expected["domain"] == "b"].merge(manifest[["id", "text"]], on="id")
     answers = answers_of_the_candidate(finished, rows, "shops")
     columns = ["p:happy", "p:unhappy"]
-    assert (answers[columns] - rows[columns]).abs().to_numpy().max() < 2e-2  # bfloat16 has 8 bits
+    assert (answers[columns] - rows[columns]).abs().to_numpy().max() < tolerance
+    assert (finished.root / "model/shops/backbone").is_dir() == ("tune" in choices)
 
 
 def test_the_registered_model_predicts_what_training_predicted_and_holds_no_pickle(finished: Project) -> None:

@@ -12,7 +12,7 @@ import yaml
 from headstart import stamps
 from headstart.errors import HeadstartError
 from headstart.heads import Head
-from headstart.layout import Layout
+from headstart.layout import Layout, sha256_of
 from headstart.training import class_factors, soft_targets, train
 from tests import cached
 
@@ -290,7 +290,7 @@ def test_test_rows_of_the_target_take_no_part_in_adaptation(tmp_path: Path) -> N
 
 
 def test_a_target_without_rows_is_an_error(tmp_path: Path) -> None:
-    layout = cached.write(tmp_path)
+    layout = cached.write(tmp_path, cached.manifest().assign(domain="east"))
     with pytest.raises(HeadstartError, match="the target domain has no rows to adapt to"):
         train(cached.adapting(), layout)
 
@@ -308,3 +308,40 @@ def test_where_nothing_has_moved_the_sources_head_is_kept_to_the_bit(tmp_path: P
     assert head == source
     train(cached.adapting(adaptation="coral"), layout)
     assert model(layout)["reason"] == "named in the recipe"
+
+
+def given_back(layout: Layout, truth: pd.DataFrame, count: int, flipped: bool = False) -> None:
+    """The labels of ``count`` training rows of the target are left in the manifest."""
+    path = layout.manifest / "manifest.parquet"
+    table = pd.read_parquet(path).set_index("id")
+    labels = truth.set_index("id")["label"]
+    rows = [row for row in labels.index if table.at[row, "split"] == "train"][:count]
+    table.loc[rows, "label"] = labels[rows].map({"no": "yes", "yes": "no"}) if flipped else labels[rows]
+    table.reset_index().to_parquet(path, index=False)
+    described = json.loads((layout.features / "features.json").read_text())
+    described["manifest_sha256"] = sha256_of(path)
+    (layout.features / "features.json").write_text(json.dumps(described))
+
+
+def test_a_few_labels_of_the_target_are_learned_from_and_never_predicted(tmp_path: Path) -> None:
+    layout, truth = cached.shifted(tmp_path)
+    train(cached.adapting(adaptation="consensus"), layout)
+    before = (layout.model / "head.safetensors").read_bytes()
+    source = (layout.model / "source.safetensors").read_bytes()
+    given_back(layout, truth, 10)
+    train(cached.adapting(adaptation="consensus"), layout)
+    assert (layout.model / "head.safetensors").read_bytes() != before
+    assert (layout.model / "source.safetensors").read_bytes() == source
+    assert set(pd.read_parquet(layout.model / "predictions.parquet")["split"]) == {"val", "test"}
+
+
+def test_enough_labels_of_the_target_choose_the_way(tmp_path: Path) -> None:
+    layout, truth = cached.shifted(tmp_path)
+    given_back(layout, truth, 29)
+    train(cached.adapting(), layout)
+    assert "so it is lost" in str(model(layout)["reason"])
+    # Labels that are all wrong make the head that is lost the best of all: it is right on the others.
+    given_back(layout, truth, 40, flipped=True)
+    train(cached.adapting(), layout)
+    assert model(layout)["adaptation"] != "information_maximisation"
+    assert "of 40 labelled target rows, information_maximisation on" in str(model(layout)["reason"])

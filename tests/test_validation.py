@@ -639,6 +639,22 @@ def test_labels_of_the_target_are_put_aside(tmp_path: Path) -> None:
     assert pd.read_parquet(open_layout.truth / "labels.parquet").empty
 
 
+def test_as_many_labels_of_the_target_as_the_recipe_asks_for_are_left_to_training(tmp_path: Path) -> None:
+    layout = texts(tmp_path)
+    seen: set[str] = set()
+    for count in (0, 5, 12, 10_000):
+        validate(adapting(target_labels=count), layout)
+        target = written(layout).query("domain == 'b'")
+        kept = target[target["label"] != ""]
+        training = target[target["split"] == "train"]
+        assert len(kept) == min(count, len(training))
+        assert set(kept["split"]) <= {"train"}
+        assert set(kept["id"]) >= seen
+        truth = pd.read_parquet(layout.truth / "labels.parquet").set_index("id")["label"]
+        assert (kept.set_index("id")["label"] == truth[kept["id"]]).all()
+        seen = set(kept["id"])
+
+
 def test_nothing_written_for_training_depends_on_the_labels_put_aside(tmp_path: Path) -> None:
     layouts = [texts(tmp_path / name) for name in ("given", "swapped", "absent")]
     for layout, word in zip(layouts[1:], ("swap", ""), strict=True):

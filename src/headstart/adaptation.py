@@ -52,6 +52,8 @@ LOST = 0.3
 # Of expected accuracies over pairs of domains (seeds 100 and 101): too high on average, and by so much more
 # or less in four of five pairs.
 OPTIMISM, SPREAD = 0.04, 0.09
+KNOWN_ENOUGH = 30  # labelled target rows; fewer choose by chance
+CANDIDATES = ("source_only", "consensus", "information_maximisation")  # that they choose among
 KNOWN_SHARE = 0.1  # weight of all known target rows together, by the source's
 
 
@@ -286,11 +288,11 @@ MOVING = frozenset(METHODS) - {"source_only", "importance_weighting", "self_trai
 def choose(head: Head, held_out: Features, target: Features, kind: str) -> tuple[str, str]:
     """A method and the reason for it, without a target label.
 
-    Hands off where no shift is shown, or where other class shares explain it: then the head is as right
-    about each class as it was, and most methods would force shares that are not there. Where the features
-    have moved, there are two cases. A head that is lost in a target that has moved as a whole names hardly
-    anything but one class: ``information_maximisation`` looks for the classes anew. A head that still names
-    them all is followed: ``consensus``. docs/explanation/results.md has the figures.
+    Hands off where other class shares explain the shift: the head is as right about each class as it was, and
+    most methods would force shares that are not there. A head that is lost in a target that has moved as a
+    whole names hardly anything but one class: ``information_maximisation`` looks for the classes anew, even
+    where groups are too few for a test to show anything. A head that still names them all is followed,
+    ``consensus``, if a shift is shown, and otherwise left alone. docs/explanation/results.md has the figures.
 
     Args:
         head: the source's.
@@ -298,8 +300,6 @@ def choose(head: Head, held_out: Features, target: Features, kind: str) -> tuple
         target: [m, d].
         kind: of the shift, as ``shifts.diagnose`` finds it.
     """
-    if kind == "none":
-        return "source_only", "the features are not shown to have shifted, so there is nothing to mend"
     if kind == "labels":
         return "source_only", "other class shares explain the shift, so the classes look as they did"
     named = [
@@ -307,10 +307,46 @@ def choose(head: Head, held_out: Features, target: Features, kind: str) -> tuple
         for x in (held_out, target)
     ]
     kept = float(min(there / here for here, there in zip(*named, strict=True) if here > 0))
-    how = f"the features have moved, and the source's head names a class {kept:.2f} times as often as there"
+    how = f"the source's head names a class {kept:.2f} times as often as there"
     if kept < LOST:
         return "information_maximisation", f"{how}: less than {LOST}, so it is lost"
-    return "consensus", f"{how}: at least {LOST}, so it is worth following"
+    if kind == "none":
+        return "source_only", "the features are not shown to have shifted, so there is nothing to mend"
+    return "consensus", f"the features have moved, but {how}: at least {LOST}, so it is worth following"
+
+
+def best_on(  # noqa: PLR0917  # two domains, and what is known
+    known: Features,
+    truth: Ints,
+    head: Head,
+    source: Source,
+    target: Features,
+    first: tuple[str, str],
+) -> tuple[str, str]:
+    """The method that is right on most of a few labelled target rows, and the reason.
+
+    Heads are judged that have not learned from these rows. Of equals the earlier wins, and ``first``, what
+    the shift asks for, is the first.
+
+    Args:
+        known: [n, d].
+        truth: int[n], their classes.
+        head: the source's, which ``source_only`` stands for.
+        source: labelled rows.
+        target: [m, d], all rows to adapt to.
+        first: a method and its reason.
+    """
+    right: dict[str, int] = {}
+    for method in dict.fromkeys([first[0], *CANDIDATES]):
+        found = head if method == "source_only" else adapt(method, source, target, PENALTY)
+        right[method] = int((found.logits(known).argmax(axis=1) == truth).sum())
+    best = max(right, key=lambda method: right[method])
+    if best == first[0]:
+        return first
+    return (
+        best,
+        f"right on {right[best]} of {len(truth)} labelled target rows, {first[0]} on {right[first[0]]}",
+    )
 
 
 def expected_accuracy(

@@ -74,7 +74,8 @@ def evaluate(recipe: Recipe, layout: Layout) -> None:
         counts = pd.crosstab(
             pd.Categorical(actual, classes), pd.Categorical(predicted, classes), dropna=False
         ).to_numpy()
-        summary = _summary(recipe, metrics, classes, counts, blind) + _adaptation(model)
+        measured_accuracy = None if blind else metrics["test"]["accuracy"]["value"]
+        summary = _summary(recipe, metrics, classes, counts, blind) + _adaptation(model, measured_accuracy)
         (folder / "summary.md").write_text(summary, encoding="utf-8")
 
 
@@ -256,12 +257,23 @@ def _summary(
     return "\n".join(lines) + "\n"
 
 
-def _adaptation(model: dict[str, Any]) -> str:
-    """How the domains differ and what was done about it; empty of a model that was not adapted."""
+def _adaptation(model: dict[str, Any], accuracy: float | None) -> str:
+    """How the domains differ and what was done about it; empty of a model that was not adapted.
+
+    ``accuracy`` is the target's, if any of its labels is known.
+    """
     if "shift" not in model:
         return ""
     lines = ["", "## The shift", "", *(f"- {words}" for words in model["shift"]["words"]), ""]
-    lines.append(f"Adapted by `{model['adaptation']}`: {model['reason']}.")
+    taught = " Then a new backbone was taught what the adapted model says." if model["taught"] else ""
+    lines.append(f"Adapted by `{model['adaptation']}`: {model['reason']}.{taught}")
+    expected = model["expected_accuracy"]
+    measured = "nothing of it can be measured" if accuracy is None else f"measured is {accuracy:.2f}"
+    lines += [
+        "",
+        f"Accuracy expected without the target's labels: {expected['value']:.2f} "
+        f"({expected['low']:.2f}-{expected['high']:.2f}); {measured}.",
+    ]
     return "\n".join(lines) + "\n"
 
 

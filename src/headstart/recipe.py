@@ -84,6 +84,8 @@ class Validate(Block):
     are put aside for `evaluate`, and neither training nor any choice sees them."""
     source_domains: list[str] | None = Field(default=None, min_length=1)
     """The domains whose labels are learned from, where there is a `target_domain`; by default all others."""
+    target_labels: int = Field(default=0, ge=0)
+    """So many rows of the target's training split keep their labels, to be learned from."""
     splits: Splits = Splits()
     """Shares of train, val and test."""
     seed: int = 0

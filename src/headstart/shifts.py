@@ -20,7 +20,7 @@ from headstart.heads import Features, Singles, fit
 from headstart.metrics import TINY, Floats, Ints, levels, resampled
 
 Groups = NDArray[Any]
-# "none": not shown by both tests. "labels": other class shares explain all that the tests see.
+# "none": not shown by both tests. "labels": other class shares explain what they see, or nearly.
 Kind = Literal["none", "labels", "features"]
 
 PENALTY = 0.1  # of the domain classifier; on 1,280 dimensions 0.01 to 1 give nearly the same AUROC
@@ -531,7 +531,9 @@ def diagnose(  # noqa: PLR0917  # two sides of features, groups and probabilitie
     )
     few = min(len(np.unique(side)) for side in sides)
     kind: Kind = "none" if _tests(found) < 2 else "features"
-    if _of_labels(found, by_features, by_answers) and by_features.p > SIGNIFICANT:
+    if _of_labels(found, by_features, by_answers) and (
+        by_features.p > SIGNIFICANT or by_features.gone >= MOST
+    ):
         kind = "labels"
     return replace(found, kind=kind, words=_words(found, by_features, by_answers, few, classes))
 

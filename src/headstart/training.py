@@ -150,11 +150,16 @@ def fit(
     Raises:
         HeadstartError: as for ``train``.
     """
+    domain = recipe.validate_.target_domain
+    few = (examples.manifest["domain"] == domain).to_numpy()[train]
+    train, known = train[~few], train[few]
     source = source_of(recipe, layout, examples, train, val, key=key)
     if source is None or recipe.train.method != "domain_adaptation":
         return source
-    model = adapted(recipe.train, source, train, val)
-    return taught(recipe, layout, examples, model, train, val, key=key) if recipe.train.teach else model
+    model = adapted(recipe.train, source, train, val, known)
+    if not recipe.train.teach:
+        return model
+    return taught(recipe, layout, examples, model, np.concatenate([train, known]), val, key=key)
 
 
 def source_of(
@@ -306,6 +311,7 @@ class Adapted:
         return {
             "adaptation": self.method,
             "reason": self.reason,
+            "taught": self.taught is not None,
             "expected_accuracy": dict(
                 zip(("value", "low", "high"), (round(e, 4) for e in self.expected), strict=True)
             ),
@@ -344,10 +350,13 @@ class Adapted:
         return found
 
 
-def adapted(choices: Train, source: Frozen | Tuned, train: Rows, val: Rows) -> Adapted:
+def adapted(
+    choices: Train, source: Frozen | Tuned, train: Rows, val: Rows, known: Rows | None = None
+) -> Adapted:
     """A head for the target domain, from labelled rows ``train`` and ``val`` of the source domains.
 
-    Of the target domain the rows of its test split take no part.
+    Of the target domain the rows of its test split take no part. ``known`` are the few rows of its training
+    split that have a label.
 
     Raises:
         HeadstartError: as for ``train``.
@@ -357,8 +366,10 @@ def adapted(choices: Train, source: Frozen | Tuned, train: Rows, val: Rows) -> A
     examples = source.examples
     targets, weights = labels(examples, choices, train)
     labelled = adaptation.Source(_finite(examples, train), targets[train], weights[train])
-    there = examples.unlabelled("train", "val")
+    known = np.empty(0, np.int64) if known is None else known
+    there = np.sort(np.concatenate([examples.unlabelled("train", "val"), known]))
     target = _finite(examples, there)
+    given = np.searchsorted(there, known), targets[known]
     if len(target) < 2:
         raise HeadstartError("the target domain has no rows to adapt to", do="add rows of the target domain")
     groups = examples.manifest["group"].to_numpy()
@@ -378,9 +389,13 @@ def adapted(choices: Train, source: Frozen | Tuned, train: Rows, val: Rows) -> A
         if choices.adaptation
         else adaptation.choose(source.head, examples.features[val], target, shift.kind)
     )
+    if not choices.adaptation and len(known) >= adaptation.KNOWN_ENOUGH:
+        method, reason = adaptation.best_on(
+            examples.features[known], examples.truth[known], source.head, labelled, target, (method, reason)
+        )
     head = source.head
-    if method != "source_only":
-        head = adaptation.adapt(method, labelled, target, adaptation.PENALTY, seed=choices.seed)
+    if method != "source_only" or len(known):
+        head = adaptation.adapt(method, labelled, target, adaptation.PENALTY, seed=choices.seed, known=given)
     expected = adaptation.expected_accuracy(
         head,
         (examples.features[val], examples.truth[val]),
@@ -411,11 +426,11 @@ def taught(  # noqa: PLR0917  # as ``fit``, and the teacher
         HeadstartError: as for ``train``.
     """
     there = examples.unlabelled("train", "val")
-    known = examples.named(there, model.probabilities(there))
+    guessed = examples.named(there, model.probabilities(there))
     again = source_of(
         recipe.training(method="fine_tune", tune=False, alignment=None, teach=False),
         layout,
-        known,
+        guessed,
         np.sort(np.concatenate([train, there])),
         val,
         key=None if key is None else f"{key}-taught",

@@ -85,6 +85,7 @@ def validate(recipe: Recipe, layout: Layout) -> None:
     kept, repeated = _in_splits(kept, np.concatenate(list(pairs.values())), options, _earlier(layout))
     classes = options.classes or sorted(set(kept["label"]) - {HIDDEN})
     _refuse(schemas.split_failures(kept, options, classes), layout)
+    kept = _given_back(kept, truth, options)
 
     left_out = pd.concat([frame[~usable], repeated])[["id", "left_out", content]]
     left_out = left_out.rename(columns={"left_out": "reason", content: "value"})
@@ -142,6 +143,18 @@ def _completed(frame: pd.DataFrame) -> pd.DataFrame:
         given = pd.to_numeric(frame[column], errors="coerce") if column in frame else 1.0
         filled[column] = pd.Series(given, index=frame.index, dtype="float64")
     return filled
+
+
+def _given_back(kept: pd.DataFrame, truth: pd.DataFrame, options: Validate) -> pd.DataFrame:
+    """The rows with so many labels of the target's training rows as the recipe asks for.
+
+    A hash decides which, so that more of them are a superset.
+    """
+    labels = dict(zip(truth["id"], truth["label"], strict=True))
+    could = kept.loc[(kept["split"] == "train") & kept["id"].isin(truth["id"]), "id"]
+    order = sorted(could, key=lambda name: hashlib.sha256(f"{options.seed}-{name}".encode()).digest())
+    given = kept["id"].isin(order[: options.target_labels])
+    return kept.assign(label=kept["label"].mask(given, kept["id"].map(labels)))
 
 
 def _put_aside(frame: pd.DataFrame, options: Validate) -> tuple[pd.DataFrame, pd.DataFrame]:
