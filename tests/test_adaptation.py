@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from scipy.linalg import fractional_matrix_power, sqrtm
 from headstart import adaptation, heads
 from headstart.adaptation import METHODS, Source, adapt, confusion_loss, density_ratio, information_loss
 from headstart.heads import Head, fit
+from tests.slopes import slope_by_differences
 
 L2 = 0.01
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
@@ -47,15 +47,6 @@ def turned(x: Any, degrees: float) -> Any:
 
 def accuracy(head: Head, x: Any, truth: Any) -> float:
     return float((head.probabilities(x).argmax(axis=1) == truth).mean())
-
-
-def slope_by_differences(loss: Callable[[Any], float], at: Any, step: float = 1e-5) -> Any:
-    slope = np.empty(at.shape)
-    for index in np.ndindex(at.shape):
-        nudge = np.zeros(at.shape)
-        nudge[index] = step
-        slope[index] = (loss(at + nudge) - loss(at - nudge)) / (2 * step)
-    return slope
 
 
 def fits_seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:

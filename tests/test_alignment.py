@@ -27,6 +27,7 @@ from headstart.alignment import (
     ramp,
     reversed_gradient,
 )
+from tests.slopes import slope_by_differences
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -55,15 +56,6 @@ def probabilities(logits: Array) -> Array:
 def entropies(shares: Array) -> Array:
     result: Array = -(shares * np.log(np.maximum(shares, 1e-300))).sum(axis=1)
     return result
-
-
-def slope_by_differences(loss: Callable[[Array], float], at: Array, step: float = 1e-5) -> Array:
-    slope = np.empty(at.shape)
-    for index in np.ndindex(at.shape):
-        nudge = np.zeros(at.shape)
-        nudge[index] = step
-        slope[index] = (loss(at + nudge) - loss(at - nudge)) / (2 * step)
-    return slope
 
 
 def slope(loss: Callable[[Tensor], Tensor], at: Tensor) -> Array:
