@@ -153,6 +153,9 @@ def test_a_domain_without_labels_is_adapted_to_registered_and_served(
     columns = ["p:happy", "p:unhappy"]
     assert (answers[columns] - rows[columns]).abs().to_numpy().max() < tolerance
     assert (finished.root / "model/shops/backbone").is_dir() == ("tune" in choices)
+    clocks = [path.stem for path in finished.root.glob(".headstart/shops/train/*.csv")]
+    assert len(clocks) == ("tune" in choices)
+    assert not any("taught" in stem for stem in clocks)
 
 
 def test_the_registered_model_predicts_what_training_predicted_and_holds_no_pickle(finished: Project) -> None:

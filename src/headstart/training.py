@@ -435,7 +435,9 @@ def taught(  # noqa: PLR0917  # as ``fit``, and the teacher
         val,
         key=None if key is None else f"{key}-taught",
     )
-    assert isinstance(again, Tuned)  # in one process, with a backbone that is trained
+    # In one process, with a backbone that is trained.
+    assert isinstance(again, Tuned) and isinstance(model.source, Tuned)
+    again = replace(again, clock=model.source.clock)  # under the name by which the registry knows the run
     return replace(model, head=again.head, taught=again)
 
 
@@ -469,7 +471,8 @@ def begin(
     work = layout.work / "train"
     if key is not None:
         for other in work.glob("*/"):
-            if not key.startswith(other.name):  # the run at hand, or what it goes on from
+            # The run at hand, what it goes on from, and what went on from it before a kill.
+            if not (key.startswith(other.name) or other.name.startswith(key)):
                 shutil.rmtree(other, ignore_errors=True)
     tuning = Tuning(
         classifier,
