@@ -7,7 +7,7 @@ features into probabilities. Never reads a manifest or knows what a class is cal
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,11 @@ class Head:
     def probabilities(self, x: Features) -> Floats:
         """float64[n, k] of features [n, d]; each row sums to 1."""
         return np.exp(_log_softmax(self.logits(x)))
+
+    def tempered(self, heat: float) -> Head:
+        """The head whose logits are these divided by ``heat``."""
+        divisor = np.float32(heat)
+        return replace(self, weight=self.weight / divisor, bias=self.bias / divisor)
 
     def save(self, path: Path) -> None:
         """Write the four arrays as safetensors."""

@@ -6,7 +6,7 @@ floats by metric. Never reads or writes a file, and never knows which model it j
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -25,7 +25,9 @@ BINS = 15
 TINY = float(np.finfo(np.float64).eps)
 
 
-def scores(truth: Ints, probabilities: Floats, weights: Floats | None = None) -> dict[str, float]:
+def scores(
+    truth: Ints, probabilities: Floats, weights: Floats | None = None, named: Ints | None = None
+) -> dict[str, float]:
     """Every metric of ``METRICS`` on weighted rows; a weight of 2 counts as the row given twice.
 
     - ``accuracy``
@@ -41,6 +43,7 @@ def scores(truth: Ints, probabilities: Floats, weights: Floats | None = None) ->
         truth: int[n], positions of the true classes.
         probabilities: float64[n, k], rows that sum to 1.
         weights: float64[n], at least 0 with a positive sum; by default 1 each.
+        named: int[n], positions of the classes that the model names, -1 for none; by default the likeliest.
 
     Returns:
         A float by name. ``auroc`` is NaN where all rows are of one class.
@@ -48,7 +51,7 @@ def scores(truth: Ints, probabilities: Floats, weights: Floats | None = None) ->
     Raises:
         ValueError: shapes that do not fit, no rows, or a class beyond the probabilities' columns.
     """
-    prepared = _Prepared.of(truth, probabilities)
+    prepared = _Prepared.of(truth, probabilities, named)
     ones = np.ones(len(truth))
     return dict(zip(METRICS, prepared.scores(ones if weights is None else weights), strict=True))
 
@@ -58,6 +61,7 @@ def intervals(
     probabilities: Floats,
     groups: NDArray[Any],
     *,
+    named: Ints | None = None,
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -82,6 +86,7 @@ def intervals(
         truth: int[n], positions of the true classes.
         probabilities: float64[n, k].
         groups: [n], any values; equal values are one group.
+        named: int[n], positions of the classes that the model names, -1 for none; by default the likeliest.
         resamples: number of bootstrap resamples.
         confidence: coverage wanted, such as 0.95.
         seed: the same seed gives the same intervals.
@@ -93,7 +98,7 @@ def intervals(
     Raises:
         ValueError: as for ``scores``.
     """
-    prepared = _Prepared.of(truth, probabilities)
+    prepared = _Prepared.of(truth, probabilities, named)
     values = prepared.scores(np.ones(len(truth)))
     count = len(np.unique(groups))
     bounds = np.full((2, len(METRICS)), np.nan)
@@ -118,6 +123,8 @@ def gains(
     other: Floats,
     groups: NDArray[Any],
     *,
+    named: tuple[Ints | None, Ints | None] = (None, None),
+    wanted: Sequence[str] = METRICS,
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Floats]:
@@ -131,6 +138,8 @@ def gains(
         probabilities: float64[n, k] of the one.
         other: float64[n, k] of the other.
         groups: [n], any values; equal values are one group.
+        named: int[n] of each, positions of the classes that it names, -1 for none; by default the likeliest.
+        wanted: the metrics to compute.
         resamples: number of bootstrap resamples.
         seed: the same seed gives the same resamples.
 
@@ -140,10 +149,13 @@ def gains(
     Raises:
         ValueError: as for ``scores``.
     """
-    pair = [_Prepared.of(truth, said) for said in (probabilities, other)]
+    pair = [
+        _Prepared.of(truth, said, classes)
+        for said, classes in zip((probabilities, other), named, strict=True)
+    ]
     draws = resampled(groups, resamples, np.random.default_rng(seed))
-    scored = np.array([[prepared.scores(weights) for prepared in pair] for weights in draws])
-    return dict(zip(METRICS, (scored[:, 0] - scored[:, 1]).T, strict=True))
+    scored = np.array([[prepared.scores(weights, wanted) for prepared in pair] for weights in draws])
+    return dict(zip(wanted, (scored[:, 0] - scored[:, 1]).T, strict=True))
 
 
 def resampled(groups: NDArray[Any], resamples: int, chance: np.random.Generator) -> Iterator[Floats]:
@@ -208,15 +220,15 @@ class _Prepared:
 
     classes: int
     truth: Ints
-    predicted: Ints
-    hits: Floats  # 1 where the top class is the true one
+    predicted: Ints  # position of the class named, k for none
+    hits: Floats  # 1 where the class named is the true one
     surprise: Floats  # negative log of the true class's probability
     bins: Ints  # calibration bin of the top probability
-    excess: Floats  # top probability minus hit
+    excess: Floats  # top probability, less 1 where the likeliest class is the true one
     rankings: list[_Ranking]
 
     @classmethod
-    def of(cls, truth: Ints, probabilities: Floats) -> _Prepared:
+    def of(cls, truth: Ints, probabilities: Floats, named: Ints | None = None) -> _Prepared:
         n, classes = probabilities.shape if probabilities.ndim == 2 else (0, 0)
         if n == 0 or truth.shape != (n,):
             raise ValueError(f"{probabilities.shape} probabilities do not fit {truth.shape} true classes")
@@ -224,41 +236,52 @@ class _Prepared:
             raise ValueError(f"true classes {truth.min()}..{truth.max()} beyond {classes} columns")
         if not np.isfinite(probabilities).all():
             raise ValueError("probabilities that are not finite numbers")
-        predicted = probabilities.argmax(axis=1)
-        top = probabilities[np.arange(n), predicted]
-        hits = (predicted == truth).astype(np.float64)
+        likeliest = probabilities.argmax(axis=1)
+        predicted = likeliest if named is None else np.where(named < 0, classes, named)
+        top = probabilities[np.arange(n), likeliest]
         surprise = -np.log(np.clip(probabilities[np.arange(n), truth], TINY, 1))
         ranked = [1] if classes == 2 else range(classes)
         return cls(
             classes=classes,
             truth=truth,
             predicted=predicted,
-            hits=hits,
+            hits=(predicted == truth).astype(np.float64),
             surprise=surprise,
             bins=calibration_bins(top),
-            excess=top - hits,
+            excess=top - (likeliest == truth),
             rankings=[_Ranking.of(truth == c, probabilities[:, c]) for c in ranked],
         )
 
-    def scores(self, weights: Floats) -> list[float]:
-        """The metrics in the order of ``METRICS``."""
-        total = weights.sum()
-        hit = weights * self.hits
+    def scores(self, weights: Floats, wanted: Sequence[str] = METRICS) -> list[float]:
+        """The metrics wanted, in their order."""
+        return [float(getattr(self, f"_{metric}")(weights)) for metric in wanted]
+
+    def _accuracy(self, weights: Floats) -> float:
+        return float(weights @ self.hits / weights.sum())
+
+    def _balanced_accuracy(self, weights: Floats) -> float:
+        actual = np.bincount(self.truth, weights, self.classes)
+        right = np.bincount(self.truth, weights * self.hits, self.classes)
+        seen = actual > 0
+        return float((right[seen] / actual[seen]).mean())
+
+    def _macro_f1(self, weights: Floats) -> float:
         # Per class: rows of it, rows called it, and rows rightly called it, float64[k] each.
         actual = np.bincount(self.truth, weights, self.classes)
-        called = np.bincount(self.predicted, weights, self.classes)
-        right = np.bincount(self.truth, hit, self.classes)
-        seen, named = actual > 0, actual + called > 0
-        aurocs = [area for ranking in self.rankings if not np.isnan(area := ranking.auroc(weights))]
-        values = (
-            hit.sum() / total,
-            (right[seen] / actual[seen]).mean(),
-            (2 * right[named] / (actual + called)[named]).mean(),
-            np.mean(aurocs) if aurocs else np.nan,
-            weights @ self.surprise / total,
-            np.abs(np.bincount(self.bins, weights * self.excess)).sum() / total,
-        )
-        return [float(value) for value in values]
+        called = np.bincount(self.predicted, weights, self.classes + 1)[:-1]
+        right = np.bincount(self.truth, weights * self.hits, self.classes)
+        named = actual + called > 0
+        return float((2 * right[named] / (actual + called)[named]).mean())
+
+    def _auroc(self, weights: Floats) -> float:
+        areas = [area for ranking in self.rankings if not np.isnan(area := ranking.auroc(weights))]
+        return float(np.mean(areas)) if areas else np.nan
+
+    def _log_loss(self, weights: Floats) -> float:
+        return float(weights @ self.surprise / weights.sum())
+
+    def _ece(self, weights: Floats) -> float:
+        return float(np.abs(np.bincount(self.bins, weights * self.excess)).sum() / weights.sum())
 
 
 def levels(confidence: float, groups: int) -> list[float]:

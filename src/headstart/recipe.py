@@ -181,6 +181,24 @@ Alignment = Literal[
 ]
 
 
+class Decide(Block):
+    """Which class to name, given the probabilities. By default the likeliest."""
+
+    metric: Literal["accuracy", "balanced_accuracy", "macro_f1"] | None = None
+    """Move the threshold to where this is best on the validation rows."""
+    costs: dict[str, dict[str, float]] | None = None
+    """What a mistake costs: by true class, then by the class named. A mistake that is not listed costs 1; the
+    class that is expected to cost least is named."""
+    abstain: float | None = Field(default=None, gt=0, lt=1)
+    """Name no class where the probability of the one to name is below this: the label stays empty."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Decide:
+        if self.metric and self.costs:
+            raise ValueError("metric, costs: one of them says what is best, not both")
+        return self
+
+
 class Train(Block):
     """How the model is built. The keys from ``head_first`` on are those of ``fine_tune``, and of ``tune``."""
 
@@ -194,6 +212,8 @@ class Train(Block):
     """``balanced`` weighs classes by their inverse frequency."""
     l2: list[float] = Field(default=[1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0], min_length=1)
     """L2 penalties to try; validation log-loss chooses."""
+    decide: Decide = Decide()
+    """Which class to name, given the probabilities."""
     adaptation: Adaptation | None = None
     """How `domain_adaptation` adapts the head; by default what the shift between the domains asks for."""
     tune: bool = False
@@ -267,7 +287,10 @@ class Train(Block):
             raise ValueError("alignment: only with `tune: true`, and without mixup")
         if self.teach and not self.tune:
             raise ValueError("teach: only with `tune: true`")
-        alien = self.model_fields_set - {"method", "seed", "class_weight", "l2", "adaptation", "tune"}
+        if self.decide.metric and self.method == "domain_adaptation":
+            raise ValueError("decide.metric: the validation rows are not of the target domain")
+        of_all = {"method", "seed", "class_weight", "l2", "decide", "adaptation", "tune"}
+        alien = self.model_fields_set - of_all
         if alien and not self.trains_backbone:
             raise ValueError(
                 f"{', '.join(sorted(alien))}: only with `method: fine_tune`, or with `tune: true`"
@@ -296,6 +319,25 @@ class Register(Block):
     """Registered model name; by default the recipe's own name."""
 
 
+class Promote(Block):
+    """What a new model must show before it replaces the champion, both judged on the same test rows."""
+
+    metric: Literal["accuracy", "balanced_accuracy", "macro_f1", "auroc"] = "accuracy"
+    """What better means."""
+    min_gain: float = Field(default=0.0, ge=0, lt=1)
+    """The gain must be shown to be larger than this."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """Of models that are no better, at most 1 minus this share is promoted by luck."""
+    floor: float = Field(default=0.0, ge=0, lt=1)
+    """No model below this is promoted, not even the first."""
+    no_domain_worse_than: float | None = Field(default=None, ge=0, lt=1)
+    """In no domain may the metric fall by more than this."""
+    max_latency_ratio: float | None = Field(default=None, gt=0)
+    """Seconds per row, over those of the champion on the same machine."""
+    max_size: float | None = Field(default=None, gt=0)
+    """Megabytes of the model's files."""
+
+
 class Recipe(Block):
     """All choices of one use case. A block for each stage, in the order they run."""
 
@@ -307,6 +349,7 @@ class Recipe(Block):
     train: Train
     evaluate: Evaluate
     register_: Register = Field(default=Register(), alias="register")
+    promote: Promote = Promote()
 
     @model_validator(mode="after")
     def _fit_together(self) -> Recipe:

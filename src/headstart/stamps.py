@@ -25,6 +25,7 @@ MODULES = (
     "attention",
     "augmentation",
     "backbones",
+    "calibration",
     "checkpoints",
     "classifiers",
     "devices",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from headstart import stamps
+from headstart.calibration import Decision, decision, temperature, tempered
 from headstart.errors import HeadstartError
 from headstart.heads import Features, Head, select
 from headstart.layout import HIDDEN, Layout, sha256_of, written_whole
@@ -119,7 +120,17 @@ def train(recipe: Recipe, layout: Layout) -> None:
     held_out = np.flatnonzero(examples.manifest["split"].isin(["val", "test"]))
     with written_whole(layout.model) as folder:
         probabilities = fitted.publish(folder, held_out)
-        model = {"method": recipe.train.method, "classes": examples.classes, **fitted.said, "stamps": stamped}
+        heat, rule = _calibrated(recipe.train, examples, held_out, probabilities)
+        Head.load(folder / "head.safetensors").tempered(heat).save(folder / "head.safetensors")
+        probabilities = tempered(probabilities, heat)
+        model = {
+            "method": recipe.train.method,
+            "classes": examples.classes,
+            **fitted.said,
+            "temperature": heat,
+            "decision": asdict(rule),
+            "stamps": stamped,
+        }
         (folder / "model.json").write_text(
             json.dumps(model, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
@@ -129,6 +140,22 @@ def train(recipe: Recipe, layout: Layout) -> None:
         predictions.to_parquet(folder / "predictions.parquet", index=False)
     for folder in (layout.work / "train").glob(f"{key}*/"):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _calibrated(
+    choices: Train, examples: Examples, held_out: Rows, probabilities: Floats
+) -> tuple[float, Decision]:
+    """The temperature and the decision rule that the validation rows choose.
+
+    Of a model made for a target domain they can choose neither: they are of other domains.
+    """
+    if choices.method == "domain_adaptation":
+        nothing = np.empty(0, np.int64), np.empty((0, len(examples.classes)))
+        return 1.0, decision(*nothing, examples.classes, choices.decide)
+    val = (examples.manifest["split"].to_numpy()[held_out] == "val") & (examples.truth[held_out] >= 0)
+    truth = examples.truth[held_out[val]]
+    heat = temperature(truth, probabilities[val])
+    return heat, decision(truth, tempered(probabilities[val], heat), examples.classes, choices.decide)
 
 
 def fit(

@@ -1,0 +1,139 @@
+"""Models: a version of the registry, loaded, that names the class of whatever it is given.
+
+Goes in: the files that ``register`` logged. Comes out: labels and probabilities. Knows the registry's names
+and aliases only to load from it, and never changes them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from headstart.calibration import Decision
+from headstart.errors import HeadstartError
+from headstart.heads import Head
+from headstart.metrics import Floats
+from headstart.recipe import Features
+
+if TYPE_CHECKING:
+    from headstart.features import Extractor, Item
+
+NO_LABEL = ""  # where a model abstains
+
+
+class Answers(NamedTuple):
+    """What a model says of some rows."""
+
+    labels: list[str]  # "" where it abstains
+    probabilities: Floats  # float64 [rows, classes]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A backbone, a head and a rule that decides, loaded once."""
+
+    extractor: Extractor
+    head: Head
+    decision: Decision
+    classes: list[str]
+
+    @classmethod
+    def read(cls, parts: Mapping[str, Path]) -> Model:
+        """From the parts that ``register`` logs: backbone, head, model, features, arithmetic."""
+        from headstart import devices
+        from headstart.features import Extractor
+        from headstart.precision import Arithmetic
+
+        options = Features.model_validate_json(parts["features"].read_text(encoding="utf-8"))
+        arithmetic = Arithmetic.load(parts["arithmetic"])
+        if arithmetic.dtype not in map(devices.name_of, devices.fast_dtypes(devices.device())):
+            arithmetic = Arithmetic()  # this machine would only imitate it; float32 says the same
+        described = json.loads(parts["model"].read_text(encoding="utf-8"))
+        return cls(
+            extractor=Extractor(parts["backbone"], options, arithmetic),
+            head=Head.load(parts["head"]),
+            decision=Decision.of(described),
+            classes=described["classes"],
+        )
+
+    @property
+    def modality(self) -> Literal["image", "text"]:
+        """What it reads."""
+        return "text" if self.extractor.spec.modality == "text" else "image"
+
+    def __call__(self, items: Sequence[Item]) -> Answers:
+        """What it says of each item: a text, an image's bytes, or the path of an image.
+
+        Raises:
+            HeadstartError: an item that is none of what it reads, or an image that cannot be decoded.
+        """
+        return self.answers(self.head.probabilities(self.extractor(items)))
+
+    def answers(self, probabilities: Floats) -> Answers:
+        """Labels for probabilities, float64 [rows, classes]."""
+        named, sure = self.decision.named(probabilities), self.decision.sure(probabilities)
+        return Answers(
+            [self.classes[c] if said else NO_LABEL for c, said in zip(named, sure, strict=True)],
+            probabilities,
+        )
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of the registry whose files are on this machine."""
+
+    name: str
+    version: str
+    run_id: str
+    tags: dict[str, str]
+    folder: Path  # of the MLflow model
+    model: Model
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files that it predicts with."""
+        return sum(file.stat().st_size for file in (self.folder / "artifacts").rglob("*") if file.is_file())
+
+
+def load(name: str, which: str = "champion") -> Version:
+    """A version by its number or by its alias.
+
+    Files of a store on this machine are read where they lie; those of another are copied to a temporary
+    folder once.
+
+    Raises:
+        HeadstartError: there is no such model, version or alias, or the store cannot be reached.
+    """
+    import mlflow
+    import yaml
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow.MlflowClient()
+    try:
+        if which.isdecimal():
+            found = client.get_model_version(name, which)
+        else:
+            found = client.get_model_version_by_alias(name, which)
+        folder = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{found.version}"))
+    except (MlflowException, OSError) as error:
+        raise HeadstartError(
+            f"the registry has no {name} {'version ' if which.isdecimal() else ''}{which}",
+            where=mlflow.get_tracking_uri(),
+            table=str(error).splitlines()[:3],
+            do="`headstart models` lists what there is",
+        ) from None
+    described = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))
+    paths = described["flavors"]["python_function"]["artifacts"]
+    parts = {part: folder / where["path"] for part, where in paths.items()}
+    return Version(name, str(found.version), found.run_id, dict(found.tags), folder, Model.read(parts))
+
+
+def positions(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Where each label stands among the classes, int64 [n]; -1 where it is none of them."""
+    place = {name: i for i, name in enumerate(classes)}
+    return np.array([place.get(label, -1) for label in labels], np.int64)
