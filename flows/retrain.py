@@ -1,4 +1,4 @@
-"""Retrain one recipe: ingest, every stage that DVC finds stale, register.
+"""Retrain one recipe: ingest, every stage that DVC finds stale, register, promote what is better.
 
 Goes in: a recipe's name. Comes out: a line that says what happened, how good the model is and
 where to look. The order of the stages is read from ``dvc.yaml``; a fresh stage costs nothing,
@@ -23,8 +23,10 @@ from headstart.evaluation import headline
 from headstart.layout import Layout
 from headstart.recipe import load
 from headstart.registry import Registered
+from headstart.trials import Decided
 from tasks import versioning
 from tasks.ingest import ingest
+from tasks.promote import promote
 from tasks.register import register
 from tasks.stage import StageTask
 
@@ -37,13 +39,14 @@ class Outcome:
     steps: dict[str, str]
     quality: str
     registered: Registered
+    decided: Decided
     summary: Path
 
     def __str__(self) -> str:
         done = [f"{name} {state}" for name, state in self.steps.items() if state != "fresh"]
         return (
             f"{self.recipe}: {', '.join(done) or 'nothing changed, nothing done'}; {self.quality}; "
-            f"{self.registered}; see {self.summary}"
+            f"{self.registered}; {self.decided}; see {self.summary}"
         )
 
 
@@ -93,9 +96,13 @@ def retrain(recipe: str) -> Outcome:
     registered = register(chosen, layout)
     steps["register"] = "ran" if registered.new else "fresh"
     seconds["register"] = time.monotonic() - start
+    start = time.monotonic()
+    decided = promote(chosen, layout, registered.version)
+    steps["promote"] = "ran" if decided.new else "fresh"
+    seconds["promote"] = time.monotonic() - start
 
     metrics = json.loads((layout.evidence / "metrics.json").read_text(encoding="utf-8"))
-    outcome = Outcome(recipe, steps, headline(metrics), registered, layout.evidence / "summary.md")
+    outcome = Outcome(recipe, steps, headline(metrics), registered, decided, layout.evidence / "summary.md")
     create_table_artifact(
         key=f"retrain-{recipe}",
         table=[

@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+ModelName = Annotated[str, typer.Argument(help="A registered model; by default named like its recipe.")]
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as recipes/sentiment.yaml.")]
 
 
@@ -186,6 +187,140 @@ def find_learning_rate(
     picture = layout.work / "learning_rate.png"
     rates.plot(table, picture)
     print(f"train.learning_rate: {rates.suggested(table):.1e}, see {picture.relative_to(layout.root)}")
+
+
+@app.command()
+def models(
+    name: Annotated[str, typer.Argument(help="A registered model; without it, all are listed.")] = "",
+    history: Annotated[bool, typer.Option("--history", help="Every decision, oldest first.")] = False,
+) -> None:
+    """The versions of a model: aliases, quality, data and the latest decision about each."""
+    from headstart import promotion
+
+    _anywhere()
+    client = promotion.opened()
+    if not name:
+        lines = [
+            {"model": model.name, "champion": promotion.champion_of(client, model.name) or "none"}
+            for model in client.search_registered_models()
+        ]
+        print(_columns(lines) if lines else "no model is registered yet")
+    elif history:
+        promotion.known(client, name)
+        for entry in promotion.history(client, name):
+            print(f"{entry.number:>4}  version {entry.version}  {entry}  [{entry.by}]")
+    else:
+        print(_columns(promotion.table(client, name)))
+
+
+@app.command()
+def promote(
+    name: ModelName,
+    version: Annotated[str, typer.Argument(help="By default the candidate.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Without proof; needs --because.")] = False,
+    because: Annotated[str, typer.Option(help="Why, for the history.")] = "",
+) -> None:
+    """Make a version the champion, if it is shown to be better than the one there is."""
+    from headstart import promotion, trials
+
+    _log_plainly()
+    _anywhere()
+    if not force:
+        decided = trials.decide(*_recipe_of(name), version or None)
+        print(decided)
+        raise typer.Exit(int(decided.champion != decided.version))
+    if not because:
+        raise HeadstartError(
+            "a promotion without proof needs a reason", do='add --because "...", which the history keeps'
+        )
+    client = promotion.opened()
+    numbers = [str(each.version) for each in promotion.known(client, name)]
+    chosen = version or promotion.aliases(client, name).get(promotion.CANDIDATE, numbers[0])
+    if chosen not in numbers:
+        raise HeadstartError(f"{name} has no version {chosen}", do=f"it has {', '.join(numbers)}")
+    promotion.crown(client, name, chosen, [because], forced=True)
+    print(f"{name} version {chosen} is champion, by force: {because}")
+
+
+@app.command()
+def rollback(
+    name: ModelName,
+    because: Annotated[str, typer.Option(help="Why, for the history.")] = "undone by hand",
+) -> None:
+    """Make the previous champion the champion again."""
+    from headstart import promotion
+
+    _anywhere()
+    client = promotion.opened()
+    promotion.known(client, name)
+    undone = promotion.rollback(client, name, because)
+    print(f"{name}: {undone.reasons[-1]}, version {undone.version} was rolled back")
+
+
+@app.command()
+def compare(
+    name: ModelName,
+    first: Annotated[str, typer.Argument(help="A version or an alias.")],
+    second: Annotated[str, typer.Argument(help="Another, to compare with.")],
+) -> None:
+    """Ask two versions the current test rows, and judge the first against the second. Changes nothing."""
+    from headstart import promotion, trials
+
+    _anywhere()
+    recipe, layout = _recipe_of(name)
+    aliases = promotion.aliases(promotion.opened(), name)
+    verdict = trials.compare(recipe, layout, aliases.get(first, first), aliases.get(second, second))
+    if verdict is None:
+        raise HeadstartError("no test row has a label to judge by", where=str(layout.truth))
+    for check in verdict.checks:
+        print(f"{'holds' if check.passed else 'fails'}  {check.rule}: {check.words}")
+    if verdict.by_domain:
+        print(_columns([{"domain": d, "gain": f"{gain:+.3f}"} for d, gain in verdict.by_domain.items()]))
+    would = "would be promoted" if verdict.promoted else "would not be promoted"
+    print(f"{name} {first} {would} over {second}")
+
+
+def _anywhere() -> None:
+    """Settings of the project around the working directory; outside of one, the environment alone decides."""
+    try:
+        root = environment.project_root()
+    except HeadstartError:
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            raise
+        root = Path.cwd()
+    environment.prepare(root)
+
+
+def _recipe_of(model: str) -> tuple[Recipe, Layout]:
+    """The recipe that makes a model: its rules, and its test rows."""
+    from headstart import recipe
+
+    root = environment.project_root()
+    made = [
+        file for file in sorted((root / "recipes").glob("*.yaml")) if recipe.load(file).model_name == model
+    ]
+    if len(made) != 1:
+        names = ", ".join(file.name for file in made)
+        raise HeadstartError(
+            f"{'several recipes make' if made else 'no recipe here makes'} the model {model}",
+            where=names or str(root / "recipes"),
+            do="a model is judged by the rules and the test rows of its recipe: `register: name:` says whose",
+        )
+    return _opened(made[0])
+
+
+def _columns(lines: list[dict[str, object]]) -> str:
+    """A table for a terminal."""
+    texts = [list(lines[0]), *([_cell(value) for value in line.values()] for line in lines)]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in texts
+    )
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 @app.command()

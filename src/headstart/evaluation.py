@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from headstart.calibration import Decision
 from headstart.errors import HeadstartError
 from headstart.layout import HIDDEN, Layout, written_whole
 from headstart.metrics import METRICS, Floats, calibration_bins, intervals
@@ -45,12 +46,13 @@ def evaluate(recipe: Recipe, layout: Layout) -> None:
     Raises:
         HeadstartError: there are no predictions, or they are not of the model beside them.
     """
-    rows, model, blind = _predictions(layout.model, layout.truth)
+    rows, model, blind = predictions(layout.model, layout.truth)
     classes: list[str] = model["classes"]
     probabilities = rows[[f"p:{name}" for name in classes]].to_numpy(np.float64)
+    rule = Decision.of(model)
     test = (rows["split"] == "test").to_numpy()
     measured = {
-        name: _measure(rows[chosen], probabilities[chosen], classes, recipe.evaluate)
+        name: _measure(rows[chosen], probabilities[chosen], rule, classes, recipe.evaluate)
         for name, chosen in (("val", ~test), ("test", test))
     }
     domains = sorted(set(rows.loc[test, "domain"]))
@@ -58,10 +60,10 @@ def evaluate(recipe: Recipe, layout: Layout) -> None:
     if len(domains) > 1:
         for domain in domains:
             chosen = test & (rows["domain"] == domain).to_numpy()
-            measured_there = _measure(rows[chosen], probabilities[chosen], classes, recipe.evaluate)
+            measured_there = _measure(rows[chosen], probabilities[chosen], rule, classes, recipe.evaluate)
             metrics["test_by_domain"][domain] = measured_there
     actual = rows.loc[test, "label"].to_numpy()
-    predicted = np.array(classes, dtype=object)[probabilities[test].argmax(axis=1)]
+    predicted = np.array(classes, dtype=object)[rule.named(probabilities[test])]
     with written_whole(layout.evidence) as folder:
         (folder / "metrics.json").write_text(
             json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -88,7 +90,7 @@ def headline(metrics: dict[str, Any]) -> str:
     )
 
 
-def _predictions(model: Path, truth: Path) -> tuple[pd.DataFrame, dict[str, Any], bool]:
+def predictions(model: Path, truth: Path) -> tuple[pd.DataFrame, dict[str, Any], bool]:
     """Rows of ``predictions.parquet`` to measure, ``model.json``, and what is not known.
 
     Where the model is made for a target domain, its rows are measured, by the labels that were put aside. If
@@ -128,15 +130,20 @@ def _predictions(model: Path, truth: Path) -> tuple[pd.DataFrame, dict[str, Any]
 
 
 def _measure(
-    rows: pd.DataFrame, probabilities: Floats, classes: list[str], choices: Evaluate
+    rows: pd.DataFrame, probabilities: Floats, rule: Decision, classes: list[str], choices: Evaluate
 ) -> dict[str, Any]:
-    """Metrics with intervals, and what they rest on: rows, groups, and the majority's accuracy."""
-    truth = _positions(rows["label"].to_numpy(), classes)
+    """Metrics with intervals, and what they rest on: rows, groups, and the majority's accuracy.
+
+    Of a model that may abstain also the share of rows that it answers, and the share of those that is right;
+    all other metrics are those of a model that has to answer.
+    """
+    truth, named = _positions(rows["label"].to_numpy(), classes), rule.named(probabilities)
     # The seed is fixed: an interval that moves between two runs of the same predictions helps nobody.
     found = intervals(
         truth,
         probabilities,
         rows["group"].factorize()[0],
+        named=named,
         resamples=choices.resamples,
         confidence=choices.confidence,
         seed=0,
@@ -146,7 +153,15 @@ def _measure(
         for metric, interval in found.items()
     }
     majority = round(float(np.bincount(truth).max() / len(truth)), DIGITS)
-    return rounded | {"rows": len(rows), "groups": int(rows["group"].nunique()), "majority": majority}
+    found_on = {"rows": len(rows), "groups": int(rows["group"].nunique()), "majority": majority}
+    if rule.abstain is not None:
+        sure = rule.sure(probabilities)
+        right = float((named == truth)[sure].mean()) if sure.any() else None
+        found_on |= {
+            "answered": round(float(sure.mean()), DIGITS),
+            "accuracy_where_answered": None if right is None else round(right, DIGITS),
+        }
+    return rounded | found_on
 
 
 def _positions(labels: np.ndarray[Any, Any], classes: list[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -220,6 +235,7 @@ def _summary(
         "|---|---|---|",
         *(f"| {TITLES[m]} | {_interval(test[m])} | {_number(val[m])} |" for m in METRICS),
         f"| commonest class | {test['majority']:.3f} | {val['majority']:.3f} |",
+        *_answered(test, val),
         f"| rows, groups | {test['rows']:,}, {test['groups']:,} | {val['rows']:,}, {val['groups']:,} |",
         "",
         "## Per domain",
@@ -255,6 +271,14 @@ def _summary(
             "not more rows, would settle it."
         )
     return "\n".join(lines) + "\n"
+
+
+def _answered(test: dict[str, Any], val: dict[str, Any]) -> list[str]:
+    """Lines of the table for a model that may abstain."""
+    titles = {"answered": "share answered", "accuracy_where_answered": "accuracy where answered"}
+    shown = {key: [part[key] for part in (test, val)] for key in titles if key in test}
+    cells = {key: " | ".join("-" if v is None else f"{v:.3f}" for v in pair) for key, pair in shown.items()}
+    return [f"| {titles[key]} | {cell} |" for key, cell in cells.items()]
 
 
 def _adaptation(model: dict[str, Any], accuracy: float | None) -> str:

@@ -164,7 +164,7 @@ def _gain(
     shown = low > rules.min_gain
     words = (
         f"{rules.metric} {figures['candidate']:.3f} against {figures['against']:.3f} of {against}: "
-        f"a gain of {figures['gain']:+.3f}, with {rules.confidence:.0%} confidence above {low:+.3f}, "
+        f"{figures['gain']:+.3f}, with {rules.confidence:.0%} confidence above {low:+.3f}; "
         f"{'more' if shown else 'not shown to be more'} than {rules.min_gain:g}"
     )
     checks = [Check("min_gain", shown, words)]

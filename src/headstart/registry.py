@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from headstart import sources, stamps
+from headstart import models, promotion, sources, stamps
 from headstart.errors import HeadstartError
 from headstart.layout import Layout, sha256_of
+from headstart.promotion import CANDIDATE
 from headstart.recipe import Recipe
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-CANDIDATE = "candidate"
 BATCH = 1000  # metrics per request: the most that MLflow takes
 # What the served model imports, besides the library of its backbone.
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "torch", "tqdm")
@@ -73,14 +73,16 @@ def register(recipe: Recipe, layout: Layout) -> Registered:
     from sqlalchemy.exc import SQLAlchemyError
 
     digest, store = _digest(layout), sources.redacted(mlflow.get_tracking_uri())
+    name = recipe.model_name
     try:
         client = _open_store(layout)
-        if existing := _find(client, recipe.model_name, digest):
-            client.set_registered_model_alias(recipe.model_name, CANDIDATE, existing)
-            return Registered(recipe.model_name, existing, store, new=False)
-        logged = _log_run(recipe, layout, model, digest)
-        client.set_registered_model_alias(recipe.model_name, CANDIDATE, logged)
-        return Registered(recipe.model_name, logged, store, new=True)
+        with promotion.locked(name):
+            _clear(client, layout, digest)
+            existing = _find(client, name, digest)
+            number = existing or _log_run(recipe, layout, model, digest)
+            if promotion.aliases(client, name).get(CANDIDATE) != number:
+                client.set_registered_model_alias(name, CANDIDATE, number)
+        return Registered(name, number, store, new=existing is None)
     except (MlflowException, SQLAlchemyError, OSError) as error:  # requests' errors are OSErrors
         raise HeadstartError(
             "the MLflow store refused",
@@ -120,10 +122,20 @@ def _digest(layout: Layout) -> str:
 
 def _find(client: MlflowClient, name: str, digest: str) -> str | None:
     """The newest version that carries ``digest``, if it is complete."""
-    quoted = name.replace("'", "\\'")
-    versions = client.search_model_versions(f"name = '{quoted}'")
-    matching = [int(v.version) for v in versions if v.tags.get("headstart.digest") == digest]
-    return str(max(matching)) if matching else None
+    matching = (
+        str(found.version)
+        for found in promotion.versions(client, name)
+        if found.tags.get("headstart.digest") == digest
+    )
+    return next(matching, None)
+
+
+def _clear(client: MlflowClient, layout: Layout, digest: str) -> None:
+    """Delete what a killed registration of the same model has left: a run that no version came of."""
+    experiment = client.get_experiment_by_name(layout.recipe)
+    wanted = f"tags.`headstart.digest` = '{digest}' and attributes.status = 'RUNNING'"
+    for run in client.search_runs([experiment.experiment_id], wanted):
+        client.delete_run(run.info.run_id)
 
 
 def _log_run(recipe: Recipe, layout: Layout, model: dict[str, Any], digest: str) -> str:
@@ -131,23 +143,19 @@ def _log_run(recipe: Recipe, layout: Layout, model: dict[str, Any], digest: str)
 
     mlflow.set_experiment(layout.recipe)
     metrics = json.loads((layout.evidence / "metrics.json").read_text(encoding="utf-8"))
-    with mlflow.start_run(run_name=f"{recipe.train.method} {digest[:8]}") as run:
+    tags = lineage(layout, model) | {"headstart.digest": digest}
+    # The tags come with the run and with the version: what lacks them was cut short before it was anything.
+    with mlflow.start_run(run_name=f"{recipe.train.method} {digest[:8]}", tags=tags) as run:
         choices = _flat(recipe.model_dump(mode="json", by_alias=True))
         mlflow.log_params({key: sources.redacted(str(value)) for key, value in choices.items()})
         mlflow.log_metrics({name: value for name, value in _flat(metrics).items() if value is not None})
         _log_history(run.info.run_id, layout, model["stamps"])
-        mlflow.set_tags(_lineage(layout, model) | {"headstart.digest": digest})
         _log_data(layout, recipe)
         mlflow.log_artifacts(str(layout.evidence), "evidence")
         text = (layout.root / "recipes" / f"{layout.recipe}.yaml").read_text(encoding="utf-8")
         mlflow.log_text(sources.redacted(text), f"{layout.recipe}.yaml")
         info = _log_model(recipe, layout)
-        # The tag comes with the version: a version without it was cut short, and is never found again.
-        registered = mlflow.register_model(
-            info.model_uri,
-            recipe.model_name,
-            tags={"headstart.digest": digest, "headstart.run_id": run.info.run_id},
-        )
+        registered = mlflow.register_model(info.model_uri, recipe.model_name, tags=tags)
     return str(registered.version)
 
 
@@ -200,11 +208,7 @@ def _log_model(recipe: Recipe, layout: Layout) -> Any:
     library = recipe.fetch.backbone.split(":")[0]
     names = (*REQUIREMENTS, *BACKBONE_REQUIREMENTS[library])
     package = Path(__file__).parent
-    trained, arithmetic = layout.model / "backbone", layout.model / "arithmetic.safetensors"
-    of_features = layout.features / "arithmetic.safetensors"
     with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
-        choices = Path(folder) / "features.json"
-        choices.write_text(recipe.features.model_dump_json(), encoding="utf-8")
         import pandas as pd
 
         return mlflow.pyfunc.log_model(
@@ -212,11 +216,7 @@ def _log_model(recipe: Recipe, layout: Layout) -> Any:
             python_model=str(package / "pyfunc.py"),
             code_paths=[str(package)],
             artifacts={
-                "backbone": (trained if trained.is_dir() else layout.weights).as_posix(),
-                "head": (layout.model / "head.safetensors").as_posix(),
-                "model": (layout.model / "model.json").as_posix(),
-                "features": choices.as_posix(),
-                "arithmetic": (arithmetic if arithmetic.exists() else of_features).as_posix(),
+                name: path.as_posix() for name, path in models.parts_of(recipe, layout, Path(folder)).items()
             },
             signature=ModelSignature(inputs=inputs, outputs=outputs),
             input_example=pd.DataFrame(example),
@@ -245,7 +245,7 @@ def _log_data(layout: Layout, recipe: Recipe) -> None:
     mlflow.log_input(MetaDataset(source, name=layout.recipe, digest=digest[:36]), context="training")
 
 
-def _lineage(layout: Layout, model: dict[str, Any]) -> dict[str, str]:
+def lineage(layout: Layout, model: dict[str, Any]) -> dict[str, str]:
     """Where the model comes from, as tags: git commit, DVC's digest of the data, stamps, versions."""
     stamped = {key: value for key, value in model["stamps"].items() if isinstance(value, str)}
     tags = {f"headstart.{key}": value for key, value in stamped.items()}

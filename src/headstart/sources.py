@@ -62,13 +62,13 @@ def fetch(uri: str, sha256: str | None = None) -> Path:
     get = _getter(uri)
     if get is None:
         return _local(uri, sha256)
-    entry = _cache() / _key(uri)
+    entry = cache() / _key(uri)
     try:
         if kept := _kept(entry, sha256):
             return kept
         if _offline():
             what = "this source is not in the cache, and HEADSTART_OFFLINE forbids to fetch it"
-            where = f"{redacted(uri)}, sha256 {sha256 or 'not pinned'}, in {_cache()}"
+            where = f"{redacted(uri)}, sha256 {sha256 or 'not pinned'}, in {cache()}"
             do = "fetch it once without HEADSTART_OFFLINE, or copy the cache of a machine that has it"
             raise HeadstartError(what, where, do)
         entry.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,8 @@ def _offline() -> bool:
 # the course of time, and none of them changes under a reader.
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """The folder of what is kept for all projects of this user."""
     chosen = os.environ.get("HEADSTART_CACHE")
     return Path(chosen).expanduser().absolute() if chosen else platformdirs.user_cache_path("headstart")
 

@@ -1,0 +1,377 @@
+"""Promotion: which version of a model is champion, and how it came to be.
+
+Goes in: decisions, made by the gate or by a person. Comes out: aliases in the registry, and a history as tags
+on its versions. Never judges a model, and never touches its files.
+
+Four aliases lead to versions. ``candidate``: the newest one registered. ``challenger``: the latest that was
+fit for use but not shown to be better. ``champion``: the one to use. ``previous``: where ``rollback`` leads.
+
+A change writes several tags and aliases, and the registry writes each on its own. So that a process which
+is killed leaves nothing half done, the whole change is first written down as one tag of the model, the
+``PENDING`` one; whoever comes next carries it through before doing anything else (a write-ahead log: Gray &
+Reuter 1992, chapter 9). One process at a time: see ``locked``.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from headstart.errors import HeadstartError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CANDIDATE, CHALLENGER, CHAMPION, PREVIOUS = ALIASES = ("candidate", "challenger", "champion", "previous")
+PENDING = "headstart.pending"
+COUNT = "headstart.decisions"
+ENTRY = "headstart.decision."  # and the number of the decision, from 1 for each model
+VERDICT = "headstart.verdict"
+PATIENCE = 300  # seconds to wait for whoever else decides about the same model
+LONGEST = 3000  # characters of all reasons: PostgreSQL holds 5,000 in a model's tag
+
+Action = Literal["promoted", "refused", "forced", "rolled back"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One decision about a version."""
+
+    number: int
+    at: str  # ISO 8601, UTC
+    by: str
+    action: Action
+    version: str
+    champion: str | None  # the one before the decision
+    reasons: list[str]
+    judged: str | None = None  # what the gate looked at, as a digest
+
+    def __str__(self) -> str:
+        against = f" (champion was {self.champion})" if self.champion else ""
+        return f"{self.at[:16].replace('T', ' ')} {self.action}{against}: {'; '.join(self.reasons)}"
+
+
+def champion_of(client: MlflowClient, name: str) -> str | None:
+    """The champion's version, or None."""
+    return aliases(client, name).get(CHAMPION)
+
+
+def aliases(client: MlflowClient, name: str) -> dict[str, str]:
+    """Version by alias; of a model that does not exist, none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return {}
+        raise
+
+
+def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
+    """All versions, newest first."""
+    quoted = name.replace("'", "\\'")
+    found: list[ModelVersion] = []
+    token = None
+    while True:
+        page = client.search_model_versions(f"name = '{quoted}'", page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return sorted(found, key=lambda version: -int(version.version))
+
+
+def entries(tags: dict[str, str]) -> list[Entry]:
+    """The decisions about one version, oldest first, from its tags."""
+    found = [Entry(**json.loads(value)) for key, value in tags.items() if key.startswith(ENTRY)]
+    return sorted(found, key=lambda entry: entry.number)
+
+
+def history(client: MlflowClient, name: str) -> list[Entry]:
+    """All decisions about a model, oldest first."""
+    found = [entry for version in versions(client, name) for entry in entries(version.tags)]
+    return sorted(found, key=lambda entry: entry.number)
+
+
+def crown(
+    client: MlflowClient,
+    name: str,
+    version: str,
+    reasons: list[str],
+    *,
+    forced: bool = False,
+    judged: str | None = None,
+    against: str | None = None,
+) -> Entry | None:
+    """Make a version the champion; what was champion becomes ``previous``.
+
+    Args:
+        client: of the registry.
+        name: the model.
+        version: the one to promote; if it is champion already, nothing happens.
+        reasons: why, in sentences.
+        forced: a person decided, not the gate.
+        judged: digest of what the gate looked at.
+        against: the champion that the gate compared with. If another one is champion by now, nothing
+            happens: the proof is about a model that is gone.
+
+    Returns:
+        The decision; None if another champion than ``against`` reigns, or this one without a decision.
+    """
+    with locked(name):
+        carry_through(client, name)
+        reigning = aliases(client, name)
+        if reigning.get(CHAMPION) == version:
+            decided = entries(client.get_model_version(name, version).tags)
+            return decided[-1] if decided else None
+        if not forced and reigning.get(CHAMPION) != against:
+            return None
+        action: Action = "forced" if forced else "promoted"
+        before = reigning.get(CHAMPION)
+        entry = _entry(client, name, action, reasons, version=version, champion=before, judged=judged)
+        change: dict[str, str | None] = {CHAMPION: version, PREVIOUS: before}
+        if reigning.get(CHALLENGER) == version:
+            change[CHALLENGER] = None
+        _change(client, name, entry, change)
+        return entry
+
+
+def refuse(
+    client: MlflowClient, name: str, version: str, reasons: list[str], *, judged: str, fit: bool
+) -> Entry:
+    """Write down that a version was not promoted; ``fit``: it becomes the challenger."""
+    with locked(name):
+        carry_through(client, name)
+        champion = champion_of(client, name)
+        entry = _entry(client, name, "refused", reasons, version=version, champion=champion, judged=judged)
+        _change(client, name, entry, {CHALLENGER: version} if fit and version != champion else {})
+        return entry
+
+
+def rollback(client: MlflowClient, name: str, because: str) -> Entry:
+    """Make ``previous`` the champion again; the gate will not promote the present one a second time.
+
+    ``previous`` then leads to what was champion before that one.
+
+    Raises:
+        HeadstartError: there is no champion, or none before it.
+    """
+    with locked(name):
+        if (unfinished := carry_through(client, name)) and unfinished.action == "rolled back":
+            return unfinished  # the same command, killed on its way
+        now = aliases(client, name)
+        if CHAMPION not in now or PREVIOUS not in now:
+            raise HeadstartError(
+                f"{name} has no {CHAMPION if CHAMPION not in now else 'earlier champion'} to go back from",
+                do=f"`headstart models {name}` lists its versions; `headstart promote` takes any of them",
+            )
+        undone, restored = now[CHAMPION], now[PREVIOUS]
+        reached = [
+            entry
+            for entry in entries(client.get_model_version(name, restored).tags)
+            if entry.action in {"promoted", "forced"}
+        ]
+        before = reached[-1].champion if reached else None
+        reasons = [because, f"version {restored} is champion again"]
+        entry = _entry(client, name, "rolled back", reasons, version=undone, champion=undone)
+        _change(client, name, entry, {CHAMPION: restored, PREVIOUS: before})
+        return entry
+
+
+def carry_through(client: MlflowClient, name: str) -> Entry | None:
+    """Finish the change that a killed process has begun, if there is one; to be called under the lock."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        pending = client.get_registered_model(name).tags.get(PENDING)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    if not pending:
+        return None
+    begun = json.loads(pending)
+    entry = Entry(**begun["entry"])
+    _apply(client, name, entry, begun["aliases"])
+    return entry
+
+
+def _entry(client: MlflowClient, name: str, action: Action, reasons: list[str], **about: Any) -> Entry:
+    """The next decision; ``about``: the version, the champion before it, and what was judged."""
+    number = int(client.get_registered_model(name).tags.get(COUNT, 0)) + 1
+    by = f"{getpass.getuser()}@{socket.gethostname()}"
+    return Entry(number=number, at=_now(), by=by, action=action, reasons=_clipped(reasons), **about)
+
+
+def _change(client: MlflowClient, name: str, entry: Entry, change: dict[str, str | None]) -> None:
+    """Write a decision down, then carry it through. ``change``: version by alias, None to take it away."""
+    pending = json.dumps({"entry": asdict(entry), "aliases": change})
+    client.set_registered_model_tag(name, PENDING, pending)
+    _apply(client, name, entry, change)
+
+
+def _apply(client: MlflowClient, name: str, entry: Entry, change: dict[str, str | None]) -> None:
+    """What a decision changes. Any part may have been done before, and doing it again changes nothing."""
+    client.set_model_version_tag(name, entry.version, f"{ENTRY}{entry.number:06}", json.dumps(asdict(entry)))
+    # The champion last but one: whoever sees the new one can find the old one.
+    for alias in sorted(change, key=(PREVIOUS, CHAMPION, CHALLENGER).index):
+        version = change[alias]
+        if version is None:
+            client.delete_registered_model_alias(name, alias)
+        else:
+            client.set_registered_model_alias(name, alias, version)
+    client.set_registered_model_tag(name, COUNT, str(entry.number))
+    client.delete_registered_model_tag(name, PENDING)
+
+
+def _clipped(reasons: list[str]) -> list[str]:
+    most = LONGEST // max(1, len(reasons))
+    return [reason if len(reason) <= most else f"{reason[: most - 1]}…" for reason in reasons]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Hold the right to change a model's aliases.
+
+    With a registry on PostgreSQL the database keeps the lock, so it holds across machines, and ends with the
+    process that has it. Otherwise it is a file of this machine: beside an SQLite database, or in the cache
+    folder for a registry behind a server.
+
+    Raises:
+        HeadstartError: someone else has had it for minutes.
+    """
+    import mlflow
+
+    uri = mlflow.get_registry_uri()
+    holding = _in_database(uri, name) if uri.startswith("postgresql") else _in_file(uri, name)
+    with holding:
+        yield
+
+
+def _busy(name: str, where: str) -> HeadstartError:
+    return HeadstartError(
+        f"someone else is deciding about {name} and does not finish",
+        where=where,
+        do="look for a hanging `headstart` process; the same command can be run again",
+        transient=True,
+    )
+
+
+@contextmanager
+def _in_database(uri: str, name: str) -> Iterator[None]:
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.exc import OperationalError
+    from sqlalchemy.pool import NullPool
+
+    from headstart import sources
+
+    key = int.from_bytes(hashlib.sha256(f"headstart {name}".encode()).digest()[:8], signed=True)
+    engine = create_engine(uri, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"SET lock_timeout = '{PATIENCE}s'"))
+        try:
+            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": key})
+        except OperationalError as error:
+            raise _busy(name, sources.redacted(uri)) from error
+        yield  # closing the connection gives the lock back
+
+
+@contextmanager
+def _in_file(uri: str, name: str) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    from headstart import sources
+
+    digest = hashlib.sha256(f"{uri}\0{name}".encode()).hexdigest()[:16]
+    if uri.startswith("sqlite:///"):
+        database = Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
+        path = database.with_name(f"{database.name}.{digest}.lock")
+    else:
+        path = sources.cache() / "locks" / f"{digest}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path, timeout=PATIENCE):
+            yield
+    except Timeout as error:
+        raise _busy(name, str(path)) from error
+
+
+def opened() -> MlflowClient:
+    """A client of the configured registry.
+
+    Raises:
+        HeadstartError: it cannot be reached.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from headstart import sources
+
+    try:
+        client = mlflow.MlflowClient()
+        client.search_registered_models(max_results=1)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        raise HeadstartError(
+            "the model registry cannot be reached",
+            where=sources.redacted(mlflow.get_registry_uri()),
+            table=sources.redacted(str(error)).splitlines()[:5],
+            do="check MLFLOW_TRACKING_URI and that its server is up",
+            transient=True,
+        ) from error
+    return client
+
+
+def known(client: MlflowClient, name: str) -> list[ModelVersion]:
+    """The versions of a model that must exist, newest first.
+
+    Raises:
+        HeadstartError: there is no such model; names the nearest.
+    """
+    found = versions(client, name)
+    if not found:
+        import difflib
+
+        names = [model.name for model in client.search_registered_models()]
+        near = difflib.get_close_matches(name, names, n=1)
+        raise HeadstartError(
+            f"the registry has no model {name}",
+            do=f"did you mean {near[0]}?" if near else f"it has {', '.join(names) or 'none yet'}",
+        )
+    return found
+
+
+def table(client: MlflowClient, name: str) -> list[dict[str, Any]]:
+    """One line per version, newest first: aliases, test metrics, data and the latest decision."""
+    by_version: dict[str, list[str]] = {}
+    for alias, version in aliases(client, name).items():
+        by_version.setdefault(version, []).append(alias)
+    lines = []
+    for version in known(client, name):
+        number = str(version.version)
+        measured = client.get_run(version.run_id).data.metrics if version.run_id else {}
+        decided = entries(version.tags)
+        lines.append(
+            {
+                "version": number,
+                "aliases": ", ".join(a for a in ALIASES if a in by_version.get(number, ())),
+                "accuracy": measured.get("test.accuracy.value"),
+                "balanced accuracy": measured.get("test.balanced_accuracy.value"),
+                "data": version.tags.get("headstart.data", "")[:8],
+                "decision": str(decided[-1]) if decided else "",
+            }
+        )
+    return lines

@@ -1,0 +1,188 @@
+"""Trials: a candidate and the champion answer the same test rows, and the better one stays.
+
+Goes in: the current test rows of a recipe, and two versions of the registry. Comes out: a verdict, and what
+was done about it. Both are asked anew: numbers stored with a model were measured on the data of its day.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from headstart import gate, models, promotion
+from headstart.errors import HeadstartError
+from headstart.gate import Judged, Verdict
+from headstart.layout import HIDDEN, Layout, sha256_of
+from headstart.models import Version
+from headstart.promotion import CANDIDATE, CHAMPION, Entry
+from headstart.recipe import Recipe
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from headstart.features import Item
+
+TRIES = 5  # judgements, if another champion is crowned during each
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What was decided about a version."""
+
+    name: str
+    version: str
+    entry: Entry | None  # None of a champion that nobody has decided about: someone set the alias by hand
+    verdict: Verdict | None  # None if there was nothing to judge by
+    champion: str | None  # now
+    new: bool  # whether it was decided just now
+
+    def __str__(self) -> str:
+        if self.champion == self.version:
+            verb = "promoted to champion" if self.new else "is champion"
+        else:
+            stays = f"version {self.champion} stays champion" if self.champion else "there is no champion"
+            verb = f"{'is' if self.new else 'was'} not promoted, {stays}"
+        why = self.entry.reasons if self.entry and self.new else []
+        if self.new and self.verdict and self.verdict.promoted:  # of all that holds, what it gains says most
+            why = [check.words for check in self.verdict.checks if check.rule == "min_gain"]
+        return f"{self.name} version {self.version} {verb}{': ' if why else ''}{'; '.join(why)}"
+
+
+def decide(recipe: Recipe, layout: Layout, version: str | None = None) -> Decided:
+    """Judge a version by the recipe's rules, and promote it if it has shown what they ask for.
+
+    What has been judged once, against the same champion, by the same rules and on the same rows, is not
+    judged again. A version that was rolled back from stays where it is.
+
+    Args:
+        recipe: its block ``promote`` has the rules.
+        layout: where its test rows lie.
+        version: by default the candidate.
+
+    Raises:
+        HeadstartError: no such version, or the test rows or the registry cannot be reached.
+    """
+    client, name = promotion.opened(), recipe.model_name
+    promotion.known(client, name)
+    for _ in range(TRIES):
+        with promotion.locked(name):
+            promotion.carry_through(client, name)
+        now = promotion.aliases(client, name)
+        chosen, champion = version or now.get(CANDIDATE), now.get(CHAMPION)
+        if chosen is None:
+            raise HeadstartError(
+                f"{name} has no candidate", do=f"name a version of `headstart models {name}`"
+            )
+        tags = _tags(client, name, chosen)
+        decided = promotion.entries(tags)
+        key = _key(recipe, layout, tags, champion)
+        known = decided and (decided[-1].judged == key or decided[-1].action == "rolled back")
+        if chosen == champion or known:
+            last = decided[-1] if decided else None
+            return Decided(name, chosen, last, verdict_of(tags), champion, new=False)
+        verdict = compare(recipe, layout, chosen, champion)
+        if verdict is None:
+            where = recipe.validate_.target_domain
+            reasons = [f"no label of {where} is known, so nothing can be shown"]
+            entry = promotion.refuse(client, name, chosen, reasons, judged=key, fit=False)
+            return Decided(name, chosen, entry, None, champion, new=True)
+        said = json.dumps(verdict.to_dict() | {"against": champion, "version": chosen})
+        client.set_model_version_tag(name, chosen, promotion.VERDICT, said)
+        if not verdict.promoted:
+            fit = all(check.passed for check in verdict.checks if check.rule not in {"min_gain", "mcnemar"})
+            entry = promotion.refuse(client, name, chosen, verdict.reasons, judged=key, fit=fit)
+            return Decided(name, chosen, entry, verdict, champion, new=True)
+        crowned = promotion.crown(client, name, chosen, verdict.reasons, judged=key, against=champion)
+        if crowned:
+            return Decided(name, chosen, crowned, verdict, chosen, new=True)
+    raise HeadstartError(
+        f"the champion of {name} changed {TRIES} times while this was being judged",
+        do="run the same command again",
+        transient=True,
+    )
+
+
+def compare(recipe: Recipe, layout: Layout, version: str, champion: str | None) -> Verdict | None:
+    """The verdict about a version against another, or against the commonest class; None without labels.
+
+    Raises:
+        HeadstartError: a version or the rows are missing, or it cannot read them.
+    """
+    rows, items = _rows(recipe, layout)
+    if not len(rows):
+        return None
+    asked = [models.load(recipe.model_name, number) for number in (version, champion) if number is not None]
+    classes = list(dict.fromkeys([*(c for each in asked for c in each.model.classes), *rows["label"]]))
+    answers = [_answers(each, items, classes) for each in asked]
+    judged = Judged(
+        models.positions(rows["label"].tolist(), classes),
+        rows["group"].factorize()[0],
+        rows["domain"].to_numpy(str),
+    )
+    return gate.judge(judged, answers[0], answers[1] if champion is not None else None, recipe.promote)
+
+
+def verdict_of(tags: dict[str, str]) -> Verdict | None:
+    """The latest verdict about a version, from its tags."""
+    said = tags.get(promotion.VERDICT)
+    return Verdict.from_dict(json.loads(said)) if said else None
+
+
+def _answers(version: Version, items: Sequence[Item], classes: list[str]) -> gate.Answers:
+    """What a version says of the rows, in columns for all classes, and the seconds it took per row."""
+    start = time.perf_counter()
+    _, said = version.model(items)
+    seconds = (time.perf_counter() - start) / len(items)
+    place = models.positions(version.model.classes, classes)
+    probabilities = np.zeros((len(items), len(classes)))
+    probabilities[:, place] = said
+    named = place[version.model.decision.named(said)]
+    return gate.Answers(probabilities, named, seconds, version.size)
+
+
+def _rows(recipe: Recipe, layout: Layout) -> tuple[pd.DataFrame, list[Item]]:
+    """Test rows with a known label, of the target domain if there is one, and what a model reads of each."""
+    column = "text" if recipe.modality == "text" else "path"
+    try:
+        rows = pd.read_parquet(layout.manifest / "manifest.parquet")
+        aside = pd.read_parquet(layout.truth / "labels.parquet")
+    except FileNotFoundError as error:
+        raise HeadstartError(
+            "the test rows are missing",
+            where=str(error.filename),
+            do=f"run `dvc repro validate@{layout.recipe}`",
+        ) from None
+    rows = rows[rows["split"] == "test"]
+    if recipe.validate_.target_domain is not None:
+        rows = rows[rows["label"] == HIDDEN].drop(columns="label").merge(aside[["id", "label"]], on="id")
+    rows = rows[rows["label"] != HIDDEN].reset_index(drop=True)
+    content = rows[column].tolist()
+    return rows, content if column == "text" else [layout.raw / name for name in content]
+
+
+def _tags(client: MlflowClient, name: str, version: str) -> dict[str, str]:
+    numbers = {str(each.version): dict(each.tags) for each in promotion.known(client, name)}
+    if version not in numbers:
+        raise HeadstartError(
+            f"{name} has no version {version}", do=f"it has {', '.join(sorted(numbers, key=int))}"
+        )
+    return numbers[version]
+
+
+def _key(recipe: Recipe, layout: Layout, tags: dict[str, str], champion: str | None) -> str:
+    """A digest of all that a verdict depends on."""
+    files = [layout.manifest / "manifest.parquet", layout.truth / "labels.parquet"]
+    parts = [
+        tags.get("headstart.digest"),
+        champion,
+        [sha256_of(file) if file.exists() else None for file in files],
+        recipe.promote.model_dump_json(),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,25 @@
+"""Promote: the candidate becomes champion if it has shown that it is better, or the reasons why not."""
+
+from __future__ import annotations
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from headstart import trials
+from headstart.layout import Layout
+from headstart.recipe import Recipe
+from tasks.stage import PATIENT
+
+
+@task(
+    name="promote",
+    task_run_name="promote",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    **PATIENT,
+)
+def promote(recipe: Recipe, layout: Layout, version: str) -> trials.Decided:
+    """Judge a version against the champion; what has been judged before is not judged again."""
+    decided = trials.decide(recipe, layout, version)
+    get_run_logger().info(str(decided))
+    return decided
