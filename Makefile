@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-fast lint format bench-features bench-finetune bench-few-labels bench-sentiment bench-adaptation reference lock clean
+.PHONY: help setup demo test test-fast lint format bench-features bench-finetune bench-few-labels bench-sentiment bench-adaptation bench-predict reference lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -56,6 +56,9 @@ bench-few-labels: $(READY) ## measure quality over the number of labels (after r
 
 bench-adaptation: $(READY) .venv-peers/.ready ## measure every way to adapt, ours and others' (after running the -tuned recipes)
 	python benchmarks/adaptation.py
+
+bench-predict: $(READY) ## measure predicting many rows against asking row by row (after make demo)
+	python benchmarks/predict.py
 
 bench-sentiment: $(READY) ## compare sentiment with rules (after both sentiment recipes have run)
 	python benchmarks/sentiment.py

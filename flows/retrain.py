@@ -1,4 +1,4 @@
-"""Retrain one recipe: ingest, every stage that DVC finds stale, register, promote what is better.
+"""Retrain one recipe: ingest, every stage that DVC finds stale, register, promote what is better, report.
 
 Goes in: a recipe's name. Comes out: a line that says what happened, how good the model is and
 where to look. The order of the stages is read from ``dvc.yaml``; a fresh stage costs nothing,
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from pathlib import Path
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 
+from flows.logs import in_words
 from headstart import environment
-from headstart.errors import HeadstartError
 from headstart.evaluation import headline
 from headstart.layout import Layout
 from headstart.recipe import load
@@ -28,6 +27,7 @@ from tasks import versioning
 from tasks.ingest import ingest
 from tasks.promote import promote
 from tasks.register import register
+from tasks.report import report
 from tasks.stage import StageTask
 
 
@@ -40,28 +40,17 @@ class Outcome:
     quality: str
     registered: Registered
     decided: Decided
-    summary: Path
+    page: Path
 
     def __str__(self) -> str:
         done = [f"{name} {state}" for name, state in self.steps.items() if state != "fresh"]
         return (
             f"{self.recipe}: {', '.join(done) or 'nothing changed, nothing done'}; {self.quality}; "
-            f"{self.registered}; {self.decided}; see {self.summary}"
+            f"{self.registered}; {self.decided}; see {self.page}"
         )
 
 
-class InWords(logging.Filter):
-    """An error that speaks for itself is logged without its stack; any other keeps it."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Let every record pass."""
-        if record.exc_info and isinstance(record.exc_info[1], HeadstartError):
-            record.exc_info = None
-        return True
-
-
-for speaker in ("prefect.flow_runs", "prefect.task_runs"):
-    logging.getLogger(speaker).addFilter(InWords())
+in_words()
 
 
 @flow(name="retrain", flow_run_name="retrain {recipe}", persist_result=False, retries=0)
@@ -100,9 +89,16 @@ def retrain(recipe: str) -> Outcome:
     decided = promote(chosen, layout, registered.version)
     steps["promote"] = "ran" if decided.new else "fresh"
     seconds["promote"] = time.monotonic() - start
+    start = time.monotonic()
+    page = layout.report / "report.html"
+    steps["report"] = "fresh"
+    if not page.exists() or set(steps.values()) != {"fresh"}:
+        report(chosen, layout, decided)
+        steps["report"] = "ran"
+    seconds["report"] = time.monotonic() - start
 
     metrics = json.loads((layout.evidence / "metrics.json").read_text(encoding="utf-8"))
-    outcome = Outcome(recipe, steps, headline(metrics), registered, decided, layout.evidence / "summary.md")
+    outcome = Outcome(recipe, steps, headline(metrics), registered, decided, page)
     create_table_artifact(
         key=f"retrain-{recipe}",
         table=[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
@@ -18,6 +19,7 @@ from headstart.errors import HeadstartError
 from headstart.stages import ERROR_FILE
 
 if TYPE_CHECKING:
+    from headstart.features import Item
     from headstart.layout import Layout
     from headstart.recipe import Recipe
 
@@ -280,6 +282,54 @@ def compare(
     print(f"{name} {first} {would} over {second}")
 
 
+@app.command()
+def predict(  # noqa: PLR0917  # by name, on the command line
+    name: ModelName,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(help="Files, folders, patterns, tables, or - for lines from standard input."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="A .csv, .jsonl or .parquet file; without it, CSV is printed.")
+    ] = None,
+    version: Annotated[str, typer.Option(help="A version or an alias.")] = "champion",
+    column: Annotated[
+        str | None, typer.Option(help="Of tables: what to look at; by default text, or image, or path.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Rows read, answered and written at a time.")
+    ] = None,
+) -> None:
+    """Label and probabilities of every row, however many there are; a row that cannot be read says why."""
+    _anywhere()
+    from headstart import models, scoring
+
+    done = scoring.score(models.load(name, version), inputs, output, column, batch)
+    if done.errors or not environment.quiet():
+        print(done, file=sys.stderr)
+
+
+@app.command()
+def export(
+    name: ModelName,
+    onnx: Annotated[bool, typer.Option("--onnx", help="As ONNX, checked against PyTorch.")] = False,
+    output: Annotated[Path | None, typer.Option(help="By default NAME.onnx in this folder.")] = None,
+    version: Annotated[str, typer.Option(help="A version or an alias.")] = "champion",
+) -> None:
+    """Write a model as one file for other programs; beside that of a text model, its tokenizer.json."""
+    if not onnx:
+        raise HeadstartError("there is no form to export to", do="add --onnx")
+    _anywhere()
+    from headstart import models
+    from headstart import onnx as form
+
+    loaded, target = models.load(name, version), (output or Path(f"{name}.onnx")).resolve()
+    examples: list[Item] = []
+    with contextlib.suppress(HeadstartError):  # outside of its project a model is compared on made-up rows
+        examples = form.examples(*_recipe_of(name))
+    print(f"{name} version {loaded.version} is exported to {form.export(loaded, target, examples)}")
+
+
 def _anywhere() -> None:
     """Settings of the project around the working directory; outside of one, the environment alone decides."""
     try:
@@ -321,6 +371,32 @@ def _columns(lines: list[dict[str, object]]) -> str:
 
 def _cell(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+@app.command()
+def serve(
+    name: ModelName,
+    version: Annotated[str, typer.Option(help="A version or an alias.")] = "champion",
+    host: Annotated[str, typer.Option(help="An address; the default is this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 5001,
+) -> None:
+    """A model over HTTP, as `mlflow models serve` has it, with a page to try it on and to see why."""
+    _anywhere()
+    from headstart import models, serving
+
+    with serving.bound(host, port) as at:
+        serving.serve(models.load(name, version), at)
+
+
+@app.command()
+def report(recipe: RecipePath) -> None:
+    """Write the report and the model card of what is in the tree now: one page that needs no network."""
+    from headstart import registry, report, trials
+
+    _log_plainly()
+    chosen, layout = _opened(recipe)
+    decided = trials.decided_about(chosen, registry.digest_of(layout))
+    print(report.write(chosen, layout, decided.evidence if decided else None))
 
 
 @app.command()

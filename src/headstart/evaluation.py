@@ -153,7 +153,11 @@ def _measure(
         for metric, interval in found.items()
     }
     majority = round(float(np.bincount(truth).max() / len(truth)), DIGITS)
-    found_on = {"rows": len(rows), "groups": int(rows["group"].nunique()), "majority": majority}
+    found_on: dict[str, Any] = {
+        "rows": len(rows),
+        "groups": int(rows["group"].nunique()),
+        "majority": majority,
+    }
     if rule.abstain is not None:
         sure = rule.sure(probabilities)
         right = float((named == truth)[sure].mean()) if sure.any() else None

@@ -69,6 +69,11 @@ class Layout:
         return self.root / "evidence" / self.recipe
 
     @property
+    def report(self) -> Path:
+        """The report and the model card of what is in the tree now; git-ignored, no stage's output."""
+        return self.root / "reports" / self.recipe
+
+    @property
     def work(self) -> Path:
         """Undeclared, git-ignored working files: shards to resume from, tables of failures."""
         return self.root / ".headstart" / self.recipe

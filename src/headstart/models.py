@@ -17,8 +17,9 @@ import numpy as np
 from headstart.calibration import Decision
 from headstart.errors import HeadstartError
 from headstart.heads import Head
+from headstart.layout import Layout
 from headstart.metrics import Floats
-from headstart.recipe import Features
+from headstart.recipe import Features, Recipe
 
 if TYPE_CHECKING:
     from headstart.features import Extractor, Item
@@ -44,7 +45,7 @@ class Model:
 
     @classmethod
     def read(cls, parts: Mapping[str, Path]) -> Model:
-        """From the parts that ``register`` logs: backbone, head, model, features, arithmetic."""
+        """From the parts that ``parts_of`` names: backbone, head, model, features, arithmetic."""
         from headstart import devices
         from headstart.features import Extractor
         from headstart.precision import Arithmetic
@@ -81,6 +82,20 @@ class Model:
             [self.classes[c] if said else NO_LABEL for c, said in zip(named, sure, strict=True)],
             probabilities,
         )
+
+
+def parts_of(recipe: Recipe, layout: Layout, folder: Path) -> dict[str, Path]:
+    """The parts of the model in the tree; the recipe's choice of features is written to ``folder``."""
+    trained, arithmetic = layout.model / "backbone", layout.model / "arithmetic.safetensors"
+    choices = folder / "features.json"
+    choices.write_text(recipe.features.model_dump_json(), encoding="utf-8")
+    return {
+        "backbone": trained if trained.is_dir() else layout.weights,
+        "head": layout.model / "head.safetensors",
+        "model": layout.model / "model.json",
+        "features": choices,
+        "arithmetic": arithmetic if arithmetic.exists() else layout.features / "arithmetic.safetensors",
+    }
 
 
 @dataclass(frozen=True)

@@ -127,19 +127,17 @@ def crown(
     Returns:
         The decision; None if another champion than ``against`` reigns, or this one without a decision.
     """
-    with locked(name):
-        carry_through(client, name)
-        reigning = aliases(client, name)
-        if reigning.get(CHAMPION) == version:
+    with _turn(client, name) as now:
+        before = now.aliases.get(CHAMPION)
+        if before == version:
             decided = entries(client.get_model_version(name, version).tags)
             return decided[-1] if decided else None
-        if not forced and reigning.get(CHAMPION) != against:
+        if not forced and before != against:
             return None
         action: Action = "forced" if forced else "promoted"
-        before = reigning.get(CHAMPION)
-        entry = _entry(client, name, action, reasons, version=version, champion=before, judged=judged)
+        entry = now.entry(action, reasons, version=version, champion=before, judged=judged)
         change: dict[str, str | None] = {CHAMPION: version, PREVIOUS: before}
-        if reigning.get(CHALLENGER) == version:
+        if now.aliases.get(CHALLENGER) == version:
             change[CHALLENGER] = None
         _change(client, name, entry, change)
         return entry
@@ -148,11 +146,16 @@ def crown(
 def refuse(
     client: MlflowClient, name: str, version: str, reasons: list[str], *, judged: str, fit: bool
 ) -> Entry:
-    """Write down that a version was not promoted; ``fit``: it becomes the challenger."""
-    with locked(name):
-        carry_through(client, name)
-        champion = champion_of(client, name)
-        entry = _entry(client, name, "refused", reasons, version=version, champion=champion, judged=judged)
+    """Write down that a version was not promoted; ``fit``: it becomes the challenger.
+
+    What was ``judged`` and refused already is not written down again.
+    """
+    with _turn(client, name) as now:
+        decided = entries(client.get_model_version(name, version).tags)
+        if decided and (decided[-1].action, decided[-1].judged) == ("refused", judged):
+            return decided[-1]
+        champion = now.aliases.get(CHAMPION)
+        entry = now.entry("refused", reasons, version=version, champion=champion, judged=judged)
         _change(client, name, entry, {CHALLENGER: version} if fit and version != champion else {})
         return entry
 
@@ -165,16 +168,16 @@ def rollback(client: MlflowClient, name: str, because: str) -> Entry:
     Raises:
         HeadstartError: there is no champion, or none before it.
     """
-    with locked(name):
-        if (unfinished := carry_through(client, name)) and unfinished.action == "rolled back":
-            return unfinished  # the same command, killed on its way
-        now = aliases(client, name)
-        if CHAMPION not in now or PREVIOUS not in now:
+    with _turn(client, name) as now:
+        if now.unfinished and now.unfinished.action == "rolled back":
+            return now.unfinished  # the same command, killed on its way
+        if CHAMPION not in now.aliases or PREVIOUS not in now.aliases:
+            lacking = "earlier champion" if CHAMPION in now.aliases else CHAMPION
             raise HeadstartError(
-                f"{name} has no {CHAMPION if CHAMPION not in now else 'earlier champion'} to go back from",
+                f"{name} has no {lacking} to go back to",
                 do=f"`headstart models {name}` lists its versions; `headstart promote` takes any of them",
             )
-        undone, restored = now[CHAMPION], now[PREVIOUS]
+        undone, restored = now.aliases[CHAMPION], now.aliases[PREVIOUS]
         reached = [
             entry
             for entry in entries(client.get_model_version(name, restored).tags)
@@ -182,34 +185,46 @@ def rollback(client: MlflowClient, name: str, because: str) -> Entry:
         ]
         before = reached[-1].champion if reached else None
         reasons = [because, f"version {restored} is champion again"]
-        entry = _entry(client, name, "rolled back", reasons, version=undone, champion=undone)
+        entry = now.entry("rolled back", reasons, version=undone, champion=undone)
         _change(client, name, entry, {CHAMPION: restored, PREVIOUS: before})
         return entry
 
 
-def carry_through(client: MlflowClient, name: str) -> Entry | None:
-    """Finish the change that a killed process has begun, if there is one; to be called under the lock."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        pending = client.get_registered_model(name).tags.get(PENDING)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
-    if not pending:
-        return None
-    begun = json.loads(pending)
-    entry = Entry(**begun["entry"])
-    _apply(client, name, entry, begun["aliases"])
-    return entry
+def carry_through(client: MlflowClient, name: str) -> None:
+    """Finish the change that a killed process has begun, if there is one."""
+    with _turn(client, name):
+        pass
 
 
-def _entry(client: MlflowClient, name: str, action: Action, reasons: list[str], **about: Any) -> Entry:
-    """The next decision; ``about``: the version, the champion before it, and what was judged."""
-    number = int(client.get_registered_model(name).tags.get(COUNT, 0)) + 1
-    by = f"{getpass.getuser()}@{socket.gethostname()}"
-    return Entry(number=number, at=_now(), by=by, action=action, reasons=_clipped(reasons), **about)
+@dataclass(frozen=True)
+class _Present:
+    """How things stand while nobody else may change them."""
+
+    aliases: dict[str, str]
+    decisions: int
+    unfinished: Entry | None  # what a killed process had begun, and is done now
+
+    def entry(self, action: Action, reasons: list[str], **about: Any) -> Entry:
+        """The next decision; ``about``: the version, the champion before it, and what was judged."""
+        by = f"{getpass.getuser()}@{socket.gethostname()}"
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        return Entry(
+            number=self.decisions + 1, at=at, by=by, action=action, reasons=_clipped(reasons), **about
+        )
+
+
+@contextmanager
+def _turn(client: MlflowClient, name: str) -> Iterator[_Present]:
+    """Hold the lock, with nothing left half done."""
+    with locked(name):
+        model, unfinished = client.get_registered_model(name), None
+        if pending := model.tags.get(PENDING):
+            begun = json.loads(pending)
+            unfinished = Entry(**begun["entry"])
+            _apply(client, name, unfinished, begun["aliases"])
+            model = client.get_registered_model(name)
+        now = {alias: str(version) for alias, version in model.aliases.items()}
+        yield _Present(now, int(model.tags.get(COUNT, 0)), unfinished)
 
 
 def _change(client: MlflowClient, name: str, entry: Entry, change: dict[str, str | None]) -> None:
@@ -236,10 +251,6 @@ def _apply(client: MlflowClient, name: str, entry: Entry, change: dict[str, str 
 def _clipped(reasons: list[str]) -> list[str]:
     most = LONGEST // max(1, len(reasons))
     return [reason if len(reason) <= most else f"{reason[: most - 1]}…" for reason in reasons]
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @contextmanager

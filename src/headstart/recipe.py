@@ -34,6 +34,8 @@ class Ingest(Block):
     file or folder wanted inside an archive."""
     sha256: str | None = Sha256
     """Digest of the downloaded file. Without it, the first fetch prints the line to add."""
+    licence: str | None = None
+    """Licence of the data, carried into the model card."""
 
 
 class Splits(Block):

@@ -72,7 +72,7 @@ def register(recipe: Recipe, layout: Layout) -> Registered:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    digest, store = _digest(layout), sources.redacted(mlflow.get_tracking_uri())
+    digest, store = digest_of(layout), sources.redacted(mlflow.get_tracking_uri())
     name = recipe.model_name
     try:
         client = _open_store(layout)
@@ -111,13 +111,25 @@ def _open_store(layout: Layout) -> MlflowClient:
     return client
 
 
-def _digest(layout: Layout) -> str:
+def digest_of(layout: Layout) -> str:
     """Hex sha256 over every file of the model and its evidence: what makes two versions the same."""
     whole = hashlib.sha256()
     files = [*layout.model.rglob("*"), *layout.evidence.rglob("*")]
     for file in sorted(file for file in files if file.is_file()):
         whole.update(f"{file.relative_to(layout.root).as_posix()}\0{sha256_of(file)}\n".encode())
     return whole.hexdigest()
+
+
+def attach(name: str, version: str, folder: Path) -> None:
+    """Log a report with the run of the version that it is about.
+
+    Raises:
+        HeadstartError: the store cannot be reached.
+    """
+    client = promotion.opened()
+    run = client.get_model_version(name, version).run_id
+    if run:
+        client.log_artifacts(run, str(folder), "report")
 
 
 def _find(client: MlflowClient, name: str, digest: str) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ STAGES = {
 
 # Who runs a stage in a process of its own names a file here, and finds the stage's error in it.
 ERROR_FILE = "HEADSTART_ERROR_FILE"
+SECONDS = "seconds.json"  # in the working files of a recipe
 
 
 def run(stage: str, recipe: Recipe, layout: Layout) -> None:
@@ -42,11 +44,26 @@ def run(stage: str, recipe: Recipe, layout: Layout) -> None:
         if stage not in STAGES:
             raise HeadstartError(f"there is no stage {stage!r}", do=f"stages: {', '.join(STAGES)}")
         module, function = STAGES[stage].split(":")
+        start = time.monotonic()
         turn: Callable[[Recipe, Layout], None] = getattr(importlib.import_module(module), function)
         turn(recipe, layout)
+        _note(layout, stage, time.monotonic() - start)
     except HeadstartError as error:
         # Of several processes the first to fail is the cause; the others fail because it is gone.
         if path := os.environ.get(ERROR_FILE):
             with suppress(FileExistsError), Path(path).open("x", encoding="utf-8") as file:
                 json.dump(error.to_dict(), file)
         raise
+
+
+def _note(layout: Layout, stage: str, seconds: float) -> None:
+    """Write down in ``.headstart/R/seconds.json`` how long a stage took, for the report."""
+    if "RANK" in os.environ:  # one of several that train together: who started them waits for all
+        return
+    path = layout.work / SECONDS
+    partial = path.with_name(f".{SECONDS}.{os.getpid()}.partial")
+    with suppress(OSError):  # a note is no reason for a stage to fail
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        partial.write_text(json.dumps(known | {stage: round(seconds, 1)}) + "\n", encoding="utf-8")
+        partial.replace(path)

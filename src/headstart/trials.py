@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -43,6 +43,13 @@ class Decided:
     champion: str | None  # now
     new: bool  # whether it was decided just now
 
+    @property
+    def evidence(self) -> dict[str, Any] | None:
+        """The verdict as ``report`` reads it."""
+        if self.verdict is None or self.entry is None:
+            return None
+        return self.verdict.to_dict() | {"version": self.version, "against": self.entry.champion}
+
     def __str__(self) -> str:
         if self.champion == self.version:
             verb = "promoted to champion" if self.new else "is champion"
@@ -72,8 +79,7 @@ def decide(recipe: Recipe, layout: Layout, version: str | None = None) -> Decide
     client, name = promotion.opened(), recipe.model_name
     promotion.known(client, name)
     for _ in range(TRIES):
-        with promotion.locked(name):
-            promotion.carry_through(client, name)
+        promotion.carry_through(client, name)
         now = promotion.aliases(client, name)
         chosen, champion = version or now.get(CANDIDATE), now.get(CHAMPION)
         if chosen is None:
@@ -93,8 +99,7 @@ def decide(recipe: Recipe, layout: Layout, version: str | None = None) -> Decide
             reasons = [f"no label of {where} is known, so nothing can be shown"]
             entry = promotion.refuse(client, name, chosen, reasons, judged=key, fit=False)
             return Decided(name, chosen, entry, None, champion, new=True)
-        said = json.dumps(verdict.to_dict() | {"against": champion, "version": chosen})
-        client.set_model_version_tag(name, chosen, promotion.VERDICT, said)
+        client.set_model_version_tag(name, chosen, promotion.VERDICT, json.dumps(verdict.to_dict()))
         if not verdict.promoted:
             fit = all(check.passed for check in verdict.checks if check.rule not in {"min_gain", "mcnemar"})
             entry = promotion.refuse(client, name, chosen, verdict.reasons, judged=key, fit=fit)
@@ -107,6 +112,17 @@ def decide(recipe: Recipe, layout: Layout, version: str | None = None) -> Decide
         do="run the same command again",
         transient=True,
     )
+
+
+def decided_about(recipe: Recipe, digest: str) -> Decided | None:
+    """What has been decided about the version with this digest, if it is registered and was judged."""
+    client, name = promotion.opened(), recipe.model_name
+    for version in promotion.versions(client, name):
+        if version.tags.get("headstart.digest") == digest and (decided := promotion.entries(version.tags)):
+            champion = promotion.champion_of(client, name)
+            verdict = verdict_of(version.tags)
+            return Decided(name, str(version.version), decided[-1], verdict, champion, new=False)
+    return None
 
 
 def compare(recipe: Recipe, layout: Layout, version: str, champion: str | None) -> Verdict | None:

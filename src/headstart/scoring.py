@@ -1,0 +1,548 @@
+"""Scoring: what a model says of many rows, from any kind of file into one table.
+
+Goes in: a version of the registry, and files, folders, patterns, tables or lines. Comes out: a table of the
+same rows in the same order, with label, probabilities and, of a row that cannot be read, what is wrong with
+it. Never holds more than a few chunks of rows, never stops at a bad row, and never leaves half a file.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from headstart.adapters import IMAGE_SUFFIXES
+from headstart.errors import HeadstartError
+from headstart.layout import unwritable_named
+from headstart.models import NO_LABEL, Model, Version
+from headstart.progress import bar
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from headstart.features import Images, Item, Rows
+
+STDIN = "-"
+TABLES = (".csv", ".jsonl", ".parquet")
+LOOSE = {"image": tuple(sorted(IMAGE_SUFFIXES)), "text": (".txt",)}  # files that are rows, or lines of them
+COLUMNS = {"image": ("image", "path"), "text": ("text",)}  # that hold the items: the first that a table has
+# Rows at a time: enough that texts of one length find each other, few enough that pictures fit in memory.
+CHUNK = {"image": 256, "text": 4096}
+BLOCK_BYTES = 1 << 20  # of JSON lines, whose types the first block tells; a dozen are read ahead
+GIVEN = "given:"  # before the name of a column that has the name of an answer
+Write = Callable[["pa.RecordBatch"], None]
+
+
+class Chunk(NamedTuple):
+    """Some rows of a source."""
+
+    rows: pa.RecordBatch
+    faults: dict[int, str] = {}  # noqa: RUF012  # never written to; of rows that are damaged, by position
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows from one place."""
+
+    where: str
+    schema: pa.Schema
+    item: str  # the column of what the model is to look at
+    chunks: Callable[[int], Iterator[Chunk]]  # of at most so many rows
+    rows: int | None = None  # if that is known
+    folder: Path = Path()  # that paths are relative to
+
+    @property
+    def kept(self) -> pa.Schema:
+        """Columns that go through to the output: all but the bytes of images."""
+        place = self.schema.get_field_index(self.item)
+        return self.schema.remove(place) if _is_bytes(self.schema.field(place).type) else self.schema
+
+
+@dataclass
+class Scored:
+    """What became of the rows; as text, one line."""
+
+    rows: int = 0
+    errors: int = 0  # rows that could not be read
+    labels: Counter[str] = field(default_factory=Counter)  # of the others; "" where the model abstains
+    seconds: float = 0.0
+
+    def add(self, answers: pa.RecordBatch) -> None:
+        """Count one chunk of answers."""
+        labels, faults = answers.column("label").to_pylist(), answers.column("error").to_pylist()
+        self.rows += len(labels)
+        self.errors += sum(fault is not None for fault in faults)
+        self.labels.update(label for label, fault in zip(labels, faults, strict=True) if fault is None)
+
+    def __str__(self) -> str:
+        named = [f"{count:,} {label or 'undecided'}" for label, count in self.labels.most_common(5)]
+        failed = f"; {self.errors:,} failed, see the column error" if self.errors else "; none failed"
+        return f"{self.rows:,} rows in {self.seconds:.1f} s: {', '.join(named) or 'no label'}{failed}"
+
+
+def score(
+    version: Version,
+    inputs: Iterable[str],
+    output: Path | None = None,
+    column: str | None = None,
+    chunk: int | None = None,
+) -> Scored:
+    """Ask a version about every row of the inputs, and write its answers.
+
+    Memory: the model and a few chunks, whatever the number of rows; of loose images the names as well. A file
+    takes the place of an earlier one when it is whole.
+
+    Args:
+        version: that ``models.load`` gave.
+        inputs: files, folders, patterns such as ``photos/*.jpg``, or ``-`` for lines from standard input.
+        output: a CSV, JSONL or Parquet file; without it CSV goes to standard output.
+        column: of tables, what the model looks at; by default ``text``, or ``image`` or else ``path``.
+        chunk: rows that are read, answered and written together.
+
+    Raises:
+        HeadstartError: nothing to read, or of another kind than the model reads; a column that is not there;
+            a damaged table; tables of different columns; an output of an unknown kind or one that cannot be
+            written.
+    """
+    start, model = time.monotonic(), version.model
+    if output is not None and output.suffix.lower() not in TABLES:
+        raise HeadstartError(
+            f"answers cannot be written as {output.suffix or 'a file without a suffix'}",
+            where=str(output),
+            do=f"take a name that ends in {_listed(TABLES)}",
+        )
+    sources = opened(inputs, version.name, model.modality, column)
+    schema = _schema(sources, model.classes)
+    known = [source.rows for source in sources if source.rows is not None]
+    total, done = sum(known) if len(known) == len(sources) else None, Scored()
+    with (
+        _written(output, schema) as write,
+        bar(total=total, desc="predicting", unit=" rows") as progress,
+    ):
+        for answers in scored(version, sources, chunk or CHUNK[model.modality]):
+            write(answers)
+            done.add(answers)
+            progress.update(answers.num_rows)
+    done.seconds = time.monotonic() - start
+    return done
+
+
+def scored(version: Version, sources: Sequence[Source], chunk: int) -> Iterator[pa.RecordBatch]:
+    """The rows of the sources with the version's answers, in order, at most ``chunk`` of them at a time.
+
+    How many rows there are is not known beforehand. So a network is compiled after as many as would have
+    repaid it, which never takes much more than twice as long as the better of the two.
+    """
+    from headstart.features import COMPILE_FROM
+
+    model, seen, pays = version.model, 0, COMPILE_FROM[version.model.modality]
+    allowed = model.extractor.options.compile is not False
+    schema = _schema(sources, model.classes)
+    for source in sources:
+        for piece in source.chunks(chunk):
+            if allowed and seen < pays <= seen + piece.rows.num_rows:
+                model = _compiled(version)
+            seen += piece.rows.num_rows
+            yield _answered(model, source, piece, schema)
+
+
+def _compiled(version: Version) -> Model:
+    """The same model with a compiled network."""
+    from headstart import devices
+    from headstart.features import Extractor
+    from headstart.precision import Arithmetic
+
+    plain = version.model.extractor
+    arithmetic = Arithmetic.load(version.folder / "artifacts" / "arithmetic.safetensors")
+    if arithmetic.dtype not in map(devices.name_of, devices.fast_dtypes(plain.device)):
+        arithmetic = Arithmetic()
+    return replace(
+        version.model, extractor=Extractor(plain.weights, plain.options, arithmetic, compiled=True)
+    )
+
+
+def _answered(model: Model, source: Source, chunk: Chunk, schema: pa.Schema) -> pa.RecordBatch:
+    """One chunk of rows with its answers."""
+    import pyarrow as pa
+
+    faults = dict(chunk.faults)
+    items: dict[int, Item] = {}
+    for place, value in enumerate(chunk.rows.column(source.item).to_pylist()):
+        if place in faults:
+            continue
+        if not value or (isinstance(value, str) and not value.strip()):
+            faults[place] = f"there is no {source.item}"
+        elif model.modality == "image" and isinstance(value, str):
+            items[place] = source.folder / value
+        else:
+            items[place] = value
+    labels = [NO_LABEL] * chunk.rows.num_rows
+    probabilities = np.full((chunk.rows.num_rows, len(model.classes)), np.nan)
+    places = np.fromiter(items, np.int64, len(items))
+    vectors, unread = _read(model, list(items.values()))
+    faults |= {int(places[row]): words for row, words in unread.items()}
+    good = np.array([row not in unread for row in range(len(places))], bool)
+    if good.any():
+        said = model.answers(model.head.probabilities(vectors[good]))
+        probabilities[places[good]] = said.probabilities
+        for place, label in zip(places[good].tolist(), said.labels, strict=True):
+            labels[place] = label
+    return pa.RecordBatch.from_arrays(
+        [
+            *(chunk.rows.column(name) for name in source.kept.names),
+            pa.array(labels, pa.string()),
+            *(pa.array(column, pa.float64(), from_pandas=True) for column in probabilities.T),
+            pa.array([faults.get(place) for place in range(len(labels))], pa.string()),
+        ],
+        schema=schema,
+    )
+
+
+def _read(model: Model, items: list[Item]) -> tuple[Any, dict[int, str]]:
+    """Vectors of the items, float32 [items, dim], and what is wrong with those that cannot be read."""
+    if not items:
+        return np.empty((0, model.extractor.dim), np.float32), {}
+    reader = model.extractor.reader(items)
+    if model.modality == "text":
+        return model.extractor.read(reader), {}
+    tolerant = _Tolerant(reader)  # type: ignore[arg-type]  # it is one of images
+    return model.extractor.read(tolerant), tolerant.faults
+
+
+class _Tolerant:
+    """A reader of images to which one that cannot be read is black, and its fault is noted."""
+
+    def __init__(self, images: Images) -> None:
+        self.images, self.batches, self.smallest = images, images.batches, images.smallest
+        self.faults: dict[int, str] = {}
+
+    def read(self, rows: Rows) -> tuple[Any, ...]:
+        """Pixels of one batch."""
+        try:
+            return self.images.read(rows)
+        except HeadstartError as error:
+            if len(rows) == 1:
+                self.faults[int(rows[0])] = ": ".join([error.what, *error.table])
+                return (np.zeros((1, self.images.side, self.images.side, 3), np.uint8),)
+        return (np.concatenate([self.read(rows[place : place + 1])[0] for place in range(len(rows))]),)
+
+
+def _schema(sources: Sequence[Source], classes: Sequence[str]) -> pa.Schema:
+    """Columns of the answers: those of the sources, which must have the same, then the model's."""
+    import pyarrow as pa
+
+    first = sources[0]
+    for other in sources[1:]:
+        if not other.kept.equals(first.kept):
+            raise HeadstartError(
+                "the inputs have different columns",
+                where=f"{first.where} and {other.where}",
+                table=[", ".join(f"{each.name} ({each.type})" for each in s.kept) for s in (first, other)],
+                do="predict them one by one",
+            )
+    answers = ["label", *(f"p:{name}" for name in classes), "error"]
+    taken = {*answers, *first.kept.names}
+    names = []
+    for name in first.kept.names:
+        new = name
+        while new in answers or (new != name and new in taken):
+            new = GIVEN + new
+        taken.add(new)
+        names.append(new)
+    types = [*first.kept.types, pa.string(), *[pa.float64()] * len(classes), pa.string()]
+    return pa.schema(list(zip([*names, *answers], types, strict=True)))
+
+
+# Inputs
+
+
+def opened(inputs: Iterable[str], name: str, modality: str, column: str | None = None) -> list[Source]:
+    """The sources that inputs stand for, in their order; loose images that follow each other are one.
+
+    Args:
+        inputs: as of ``score``.
+        name: of the model, for what it has to say.
+        modality: ``image`` or ``text``.
+        column: of tables, what the model looks at.
+
+    Raises:
+        HeadstartError: as of ``score``.
+    """
+    found: list[Source] = []
+    files = (file for given in inputs for file in _matching(given, name, modality))
+    for loose, run in groupby(files, key=lambda file: Path(file).suffix.lower() in LOOSE["image"]):
+        if loose:
+            found.append(_loose(list(run)))
+        else:
+            found += [_opened(file, modality, column) for file in run]
+    if not found:
+        raise HeadstartError("there is nothing to predict", do="name files, folders, or - for standard input")
+    return found
+
+
+def _opened(file: str, modality: str, column: str | None) -> Source:
+    if file == STDIN or file.lower().endswith(".txt"):
+        return _lines(file, COLUMNS[modality][-1])
+    return _table(Path(file), modality, column)
+
+
+def _matching(given: str, name: str, modality: str) -> Iterator[str]:
+    """Files that one input stands for: itself, what is in the folder, or what matches the pattern."""
+    readable = (*LOOSE[modality], *TABLES)
+    if given == STDIN:
+        yield given
+        return
+    matches = [given] if Path(given).exists() else sorted(glob.glob(given, recursive=True))  # noqa: PTH207
+    none = True
+    for match in matches:
+        if Path(match).is_dir():
+            # Of a folder of images a table in it tells something else, such as their labels.
+            files: Iterable[str] = _inside(Path(match), LOOSE[modality] if modality == "image" else readable)
+        elif Path(match).suffix.lower() in readable:
+            files = [match]
+        else:
+            other = Path(match).suffix.lower() in LOOSE["text" if modality == "image" else "image"]
+            raise HeadstartError(
+                f"{name} reads {modality}s" + (", not what is in this file" if other else ""),
+                where=match,
+                do=f"give it files that end in {_listed(readable)}",
+            )
+        for file in files:
+            none = False
+            yield file
+    if none:
+        raise HeadstartError(
+            f"no {modality}s are found here" if matches else "no file matches",
+            where=given,
+            do=f"{name} reads files that end in {_listed(readable)}",
+        )
+
+
+def _inside(folder: Path, suffixes: Sequence[str]) -> Iterator[str]:
+    """Files of these kinds in a folder and the folders in it, hidden ones aside, in order."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _inside(path, suffixes)
+        elif path.suffix.lower() in suffixes:
+            yield str(path)
+
+
+def _loose(files: list[str]) -> Source:
+    """Images, a row each."""
+    return _listing("path", files, f"{len(files):,} images", len(files))
+
+
+def _lines(file: str, column: str) -> Source:
+    """A row for each line of a file or of standard input: a text, or the path of an image."""
+
+    def lines() -> Iterator[str]:
+        file_or_pipe = sys.stdin.fileno() if file == STDIN else file
+        with open(file_or_pipe, encoding="utf-8-sig", errors="replace") as text:  # noqa: PTH123
+            yield from (line.rstrip("\n") for line in text)
+
+    return _listing(column, _Again(lines), "standard input" if file == STDIN else file)
+
+
+@dataclass(frozen=True)
+class _Again:
+    """What can be walked over anew."""
+
+    start: Callable[[], Iterator[str]]
+
+    def __iter__(self) -> Iterator[str]:
+        return self.start()
+
+
+def _listing(column: str, values: Iterable[str], where: str, rows: int | None = None) -> Source:
+    import pyarrow as pa
+
+    schema = pa.schema([(column, pa.string())])
+
+    def chunks(size: int) -> Iterator[Chunk]:
+        rest = iter(values)
+        while some := list(islice(rest, size)):
+            yield Chunk(pa.RecordBatch.from_arrays([pa.array(some, pa.string())], schema=schema))
+
+    return Source(where, schema, column, chunks, rows)
+
+
+def _table(path: Path, modality: str, column: str | None) -> Source:
+    """The rows of a table; of a CSV all columns are strings, so that 007 stays what it is."""
+    import pyarrow as pa
+
+    opener = {".csv": _csv, ".jsonl": _json_lines, ".parquet": _parquet}[path.suffix.lower()]
+    with _named(path):
+        schema, read, rows = opener(path)
+    if twice := [name for name, count in Counter(schema.names).items() if count > 1]:
+        raise HeadstartError(
+            f"the table has several columns {twice[0]}", where=str(path), do="give each a name of its own"
+        )
+    wanted = COLUMNS[modality] if column is None else (column,)
+    item = next((name for name in wanted if name in schema.names), None)
+    if item is None:
+        raise HeadstartError(
+            f"the table has no column {' or '.join(wanted)}",
+            where=str(path),
+            table=[f"its columns are {', '.join(schema.names):.300}"],
+            do="name the one to look at with --column",
+        )
+    kind = schema.field(item).type
+    if not (_is_text(kind) or pa.types.is_null(kind) or (modality == "image" and _is_bytes(kind))):
+        raise HeadstartError(
+            f"the column {item} holds {kind}, not {'texts' if modality == 'text' else 'images or paths'}",
+            where=str(path),
+            do="name another with --column",
+        )
+
+    def chunks(size: int) -> Iterator[Chunk]:
+        with _named(path):
+            yield from read(size)
+
+    return Source(str(path), schema, item, chunks, rows, path.parent)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn what is wrong with a table into words."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, csv.Error, UnicodeDecodeError, OSError) as error:
+        raise HeadstartError(
+            "the table cannot be read", where=str(path), table=str(error).splitlines()[:3], do="mend the file"
+        ) from error
+
+
+Opened = tuple["pa.Schema", Callable[[int], Iterator[Chunk]], "int | None"]
+
+
+def _csv(path: Path) -> Opened:
+    import pyarrow as pa
+
+    csv.field_size_limit(sys.maxsize)  # a field may be a whole book
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        names = next(csv.reader(file), [])
+    schema = pa.schema([(name, pa.string()) for name in names])
+
+    def read(size: int) -> Iterator[Chunk]:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = filter(None, csv.reader(file))
+            next(lines, None)
+            while some := list(islice(lines, size)):
+                faults = {
+                    place: f"the row has {len(line)} cells, the table {len(names)} columns"
+                    for place, line in enumerate(some)
+                    if len(line) != len(names)
+                }
+                columns = [[line[i] if i < len(line) else None for line in some] for i in range(len(names))]
+                arrays = [pa.array(values, pa.string()) for values in columns]
+                yield Chunk(pa.RecordBatch.from_arrays(arrays, schema=schema), faults)
+
+    return schema, read, None
+
+
+def _json_lines(path: Path) -> Opened:
+    import pyarrow.json
+
+    def begun() -> Any:
+        return pyarrow.json.open_json(path, pyarrow.json.ReadOptions(block_size=BLOCK_BYTES))
+
+    def read(size: int) -> Iterator[Chunk]:
+        for batch in begun():
+            for start in range(0, batch.num_rows, size):
+                yield Chunk(batch.slice(start, size))
+
+    return begun().schema, read, None
+
+
+def _parquet(path: Path) -> Opened:
+    import pyarrow.parquet
+
+    def begun() -> Any:
+        # Page by page: a row group may hold the whole table.
+        return pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+
+    def read(size: int) -> Iterator[Chunk]:
+        with begun() as file:
+            yield from map(Chunk, file.iter_batches(size))
+
+    with begun() as file:
+        return file.schema_arrow, read, file.metadata.num_rows
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _listed(suffixes: Sequence[str]) -> str:
+    return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
+
+
+# Outputs
+
+
+@contextmanager
+def _written(output: Path | None, schema: pa.Schema) -> Iterator[Write]:
+    """Takes batches; the file is there when all of them are in it."""
+    if output is None:
+        yield _csv_lines(sys.stdout, schema)
+        return
+    partial = output.with_name(f".{output.name}.partial")
+    with unwritable_named(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if output.suffix.lower() == ".parquet":
+                import pyarrow.parquet
+
+                with pyarrow.parquet.ParquetWriter(partial, schema) as parquet:
+                    yield parquet.write_batch
+            else:
+                with partial.open("w", encoding="utf-8", newline="") as file:
+                    comma_separated = output.suffix.lower() == ".csv"
+                    yield _csv_lines(file, schema) if comma_separated else _objects(file)
+            partial.replace(output)
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def _csv_lines(file: Any, schema: pa.Schema) -> Write:
+    lines = csv.writer(file, lineterminator="\n")
+    lines.writerow(schema.names)
+
+    def write(batch: pa.RecordBatch) -> None:
+        lines.writerows(zip(*(column.to_pylist() for column in batch.columns), strict=True))
+        file.flush()  # whoever reads on gets what is known so far
+
+    return write
+
+
+def _objects(file: Any) -> Write:
+    def write(batch: pa.RecordBatch) -> None:
+        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in batch.to_pylist())
+        file.flush()
+
+    return write

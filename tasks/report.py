@@ -1,0 +1,31 @@
+"""Report: one page that says how good the model is and why it was promoted, kept beside its run in MLflow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_link_artifact
+from prefect.cache_policies import NO_CACHE
+
+from headstart import registry, trials
+from headstart import report as page
+from headstart.layout import Layout
+from headstart.recipe import Recipe
+from tasks.stage import PATIENT
+
+
+@task(
+    name="report",
+    task_run_name="report",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    **PATIENT,
+)
+def report(recipe: Recipe, layout: Layout, decided: trials.Decided) -> Path:
+    """Write ``reports/R/``, log it with the version that it is about, and link it."""
+    path = page.write(recipe, layout, decided.evidence)
+    registry.attach(decided.name, decided.version, path.parent)
+    create_link_artifact(key=f"report-{layout.recipe}", link=path.as_uri(), description=str(decided))
+    get_run_logger().info(f"report: {path}")
+    return path

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from headstart.gate import Answers, Judged, Verdict, judge, mcnemar
+from headstart.recipe import Promote
+
+
+def answers(truth: np.ndarray, right: np.ndarray, **costs: float) -> Answers:
+    """A model of two classes that is 80% sure of itself, right or wrong."""
+    named = np.where(right, truth, 1 - truth)
+    probabilities = np.full((len(truth), 2), 0.2)
+    probabilities[np.arange(len(truth)), named] = 0.8
+    return Answers(probabilities, named, **costs)  # type: ignore[arg-type]
+
+
+def rows(n: int = 400, per_group: int = 1, domains: int = 1) -> Judged:
+    places = np.arange(n)
+    return Judged(places % 2, places // per_group, np.char.add("site ", (places % domains).astype(str)))
+
+
+def pair(n: int, only_ours: int, only_theirs: int, both: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows each of two models has right."""
+    ours, theirs = np.zeros(n, bool), np.zeros(n, bool)
+    ours[: both + only_ours] = True
+    theirs[:both] = True
+    theirs[both + only_ours : both + only_ours + only_theirs] = True
+    return ours, theirs
+
+
+def simulated(seed: int, gain: float, disagreement: float = 0.08, n: int = 650) -> Verdict:
+    """One retraining: two models of about 85% accuracy that disagree in being right on some rows."""
+    chance = np.random.default_rng([2026, seed])
+    truth = chance.integers(0, 2, n)
+    which = chance.random(n)
+    ours, theirs = (disagreement + gain) / 2, (disagreement - gain) / 2
+    both = 0.85 - theirs
+    first = which < both + ours
+    second = (which < both) | ((which >= both + ours) & (which < both + ours + theirs))
+    judged = Judged(truth, np.arange(n), np.full(n, "site"))
+    return judge(judged, answers(truth, first), answers(truth, second), Promote())
+
+
+@pytest.mark.slow
+def test_of_200_models_that_are_no_better_at_most_one_in_twenty_is_promoted() -> None:
+    assert sum(simulated(seed, gain=0.0).promoted for seed in range(200)) <= 10
+
+
+@pytest.mark.slow
+def test_of_200_models_that_gain_3_points_four_in_five_are_promoted() -> None:
+    assert sum(simulated(seed, gain=0.03).promoted for seed in range(200)) >= 160
+
+
+def test_a_better_model_is_promoted_and_the_reason_is_the_gain() -> None:
+    judged = rows()
+    ours, theirs = pair(400, only_ours=40, only_theirs=8, both=300)
+    verdict = judge(judged, answers(judged.truth, ours), answers(judged.truth, theirs), Promote())
+    assert verdict.promoted
+    assert verdict.figures["gain"] == pytest.approx(0.08)
+    assert any("accuracy 0.850 against 0.770 of the champion: +0.080" in reason for reason in verdict.reasons)
+
+
+def test_a_worse_model_is_refused_and_told_by_how_much() -> None:
+    judged = rows()
+    ours, theirs = pair(400, only_ours=8, only_theirs=40, both=300)
+    verdict = judge(judged, answers(judged.truth, ours), answers(judged.truth, theirs), Promote())
+    assert not verdict.promoted
+    assert any("-0.080" in reason and "not shown to be more than 0" in reason for reason in verdict.reasons)
+
+
+def test_the_same_model_twice_is_refused() -> None:
+    judged = rows()
+    same = answers(judged.truth, np.arange(400) % 5 != 0)
+    verdict = judge(judged, same, same, Promote())
+    assert not verdict.promoted
+    assert {check.rule for check in verdict.checks if not check.passed} == {"min_gain", "mcnemar"}
+
+
+def test_a_gain_in_one_large_group_shows_nothing_about_other_groups() -> None:
+    judged = rows(400, per_group=40)
+    ours, theirs = pair(400, only_ours=30, only_theirs=0, both=320)
+    verdict = judge(judged, answers(judged.truth, ours), answers(judged.truth, theirs), Promote())
+    failed = {check.rule for check in verdict.checks if not check.passed}
+    assert failed == {"min_gain"}  # McNemar takes rows for independent and is convinced
+
+
+def test_the_gain_asked_for_must_be_surpassed_not_only_reached() -> None:
+    judged = rows()
+    ours, theirs = pair(400, only_ours=40, only_theirs=8, both=300)
+    both = answers(judged.truth, ours), answers(judged.truth, theirs)
+    assert judge(judged, *both, Promote(min_gain=0.03)).promoted
+    assert not judge(judged, *both, Promote(min_gain=0.07)).promoted
+
+
+@pytest.mark.parametrize("metric", ["balanced_accuracy", "macro_f1", "auroc"])
+def test_better_means_the_metric_of_the_recipe(metric: str) -> None:
+    judged = rows()
+    ours, theirs = pair(400, only_ours=60, only_theirs=8, both=300)
+    both = answers(judged.truth, ours), answers(judged.truth, theirs)
+    verdict = judge(judged, *both, Promote(metric=metric))  # type: ignore[arg-type]
+    assert verdict.promoted
+    assert any(reason.startswith(metric) and "against" in reason for reason in verdict.reasons)
+
+
+def test_a_model_that_ruins_one_domain_is_refused_by_name() -> None:
+    judged = rows(1200, domains=2)
+    theirs = np.arange(1200) % 5 != 0
+    ours = np.where(judged.domains == "site 1", True, np.arange(1200) % 3 != 0)
+    both = answers(judged.truth, ours), answers(judged.truth, theirs)
+    assert judge(judged, *both, Promote()).promoted
+    verdict = judge(judged, *both, Promote(no_domain_worse_than=0.02))
+    assert not verdict.promoted
+    assert verdict.by_domain["site 0"] < -0.02 < verdict.by_domain["site 1"]
+    assert any("worst domain site 0" in reason for reason in verdict.reasons)
+
+
+def test_a_slower_or_larger_model_is_refused_if_the_recipe_says_so() -> None:
+    judged = rows()
+    ours, theirs = pair(400, only_ours=60, only_theirs=0, both=300)
+    slow = answers(judged.truth, ours, seconds=0.03, size=90_000_000)
+    fast = answers(judged.truth, theirs, seconds=0.01, size=9_000_000)
+    assert judge(judged, slow, fast, Promote()).promoted
+    verdict = judge(judged, slow, fast, Promote(max_latency_ratio=2, max_size=50))
+    assert {check.rule for check in verdict.checks if not check.passed} == {"max_latency_ratio", "max_size"}
+    assert any("3.00 times the champion's seconds" in reason for reason in verdict.reasons)
+    assert any("90.0 MB, over the 50 MB" in reason for reason in verdict.reasons)
+
+
+def test_the_first_model_needs_to_beat_the_commonest_class_and_the_floor() -> None:
+    judged = rows()
+    good, guess = (
+        answers(judged.truth, np.arange(400) % 5 != 0),
+        answers(judged.truth, np.arange(400) % 2 < 1),
+    )
+    assert judge(judged, good, None, Promote(floor=0.75)).promoted
+    assert not judge(judged, good, None, Promote(floor=0.85)).promoted
+    refused = judge(judged, guess, None, Promote())
+    assert not refused.promoted
+    assert any("always naming the commonest class" in reason for reason in refused.reasons)
+
+
+def test_a_class_that_a_model_does_not_know_counts_as_its_mistakes() -> None:
+    truth = np.arange(300) % 3
+    probabilities = np.zeros((300, 3))
+    probabilities[:, 0] = 1
+    old = Answers(probabilities, np.where(truth == 2, -1, truth))
+    new = Answers(np.eye(3)[truth], truth)
+    judged = Judged(truth, np.arange(300), np.full(300, "site"))
+    verdict = judge(judged, new, old, Promote(metric="macro_f1"))
+    assert verdict.promoted
+    assert verdict.figures["against"] == pytest.approx(2 / 3)
+
+
+def test_one_group_can_show_nothing() -> None:
+    judged = rows(400, per_group=400)
+    ours, theirs = pair(400, only_ours=100, only_theirs=0, both=300)
+    verdict = judge(judged, answers(judged.truth, ours), answers(judged.truth, theirs), Promote())
+    assert not verdict.promoted
+    assert "1 groups of test rows cannot show that one model is better" in verdict.reasons
+
+
+def test_mcnemars_p_is_that_of_a_fair_coin() -> None:
+    assert mcnemar(5, 0) == pytest.approx(1 / 32)
+    assert mcnemar(1, 1) == pytest.approx(3 / 4)
+    assert mcnemar(0, 0) == 1
+
+
+def test_a_verdict_survives_being_written_down() -> None:
+    judged = rows()
+    ours, theirs = pair(400, only_ours=40, only_theirs=8, both=300)
+    verdict = judge(judged, answers(judged.truth, ours), answers(judged.truth, theirs), Promote())
+    assert Verdict.from_dict(verdict.to_dict()) == verdict

@@ -1,0 +1,142 @@
+"""Exporting: one file that says what the model says, to whoever has no PyTorch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from tokenizers import Tokenizer
+
+from headstart import devices, images, onnx
+from headstart.errors import HeadstartError
+from headstart.models import Version
+from headstart.precision import Arithmetic
+from tests import versions
+from tests.conftest import isolated
+
+LONG = "the " * 200
+TEXTS = [*versions.TEXTS, "bright", "", LONG]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(one_thread: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(devices.DEVICE, "cpu")
+    monkeypatch.chdir(tmp_path)
+
+
+def session(path: Path) -> Any:
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def described(path: Path) -> dict[str, str]:
+    found: dict[str, str] = session(path).get_modelmeta().custom_metadata_map
+    return found
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"max_tokens": 16, "layers": ["encoder.layer.0"]}], ids=["", "layer"]
+)
+def test_an_exported_text_model_says_what_the_model_says(options: dict[str, Any], tmp_path: Path) -> None:
+    version = versions.read(versions.write_texts_version(tmp_path, **options))
+    path = onnx.export(version, tmp_path / "new/small.onnx", TEXTS)
+    assert sorted(file.name for file in path.parent.iterdir()) == ["small.onnx", "tokenizer.json"]
+    expected = version.model(TEXTS)
+    tokenizer = Tokenizer.from_file(str(path.parent / "tokenizer.json"))
+    for batch in (TEXTS, TEXTS[:1], TEXTS[-2:]):
+        encoded = tokenizer.encode_batch(batch)
+        given = {
+            "ids": np.array([each.ids for each in encoded], np.int64),
+            "mask": np.array([each.attention_mask for each in encoded], np.int64),
+        }
+        (found,) = session(path).run(["probabilities"], given)
+        rows = [TEXTS.index(text) for text in batch]
+        assert found.dtype == np.float32
+        assert np.abs(found - expected.probabilities[rows]).max() <= 1e-4
+        classes = json.loads(described(path)["classes"])
+        assert [classes[row.argmax()] for row in found] == [expected.labels[row] for row in rows]
+    assert len(set(expected.labels)) == 2
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"views": 8}, {"layers": ["blocks.1", "blocks.3"]}], ids=["", "views", "layers"]
+)
+def test_an_exported_image_model_says_what_the_model_says(options: dict[str, Any], tmp_path: Path) -> None:
+    version = versions.read(versions.write_images_version(tmp_path, **options))
+    paths = sorted((tmp_path / "images").rglob("*.png"))
+    path = onnx.export(version, tmp_path / "small.onnx", list(paths))
+    said, expected = described(path), version.model(paths)
+    side = json.loads(said["side"])
+    pixels = np.empty((len(paths), side, side, 3), np.uint8)
+    for row, image in enumerate(paths):
+        images.read(image, side, said["interpolation"], pixels[row])
+    for size in (1, 3, len(paths)):
+        (found,) = session(path).run(["probabilities"], {"pixels": pixels[:size]})
+        assert np.abs(found - expected.probabilities[:size]).max() <= 1e-4
+        assert [json.loads(said["classes"])[row.argmax()] for row in found] == expected.labels[:size]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Version:
+    return versions.read(versions.write_texts_version(tmp_path_factory.mktemp("texts")))
+
+
+def test_the_file_says_what_it_is_and_how_to_decide(texts: Version, tmp_path: Path) -> None:
+    said = described(onnx.export(texts, tmp_path / "small.onnx"))
+    assert json.loads(said["classes"]) == texts.model.classes
+    assert json.loads(said["costs"]) == [[0.0, 1.0], [1.0, 0.0]]
+    assert json.loads(said["abstain"]) is None
+    assert (said["model"], said["version"], said["headstart.digest"]) == ("small", "1", "d")
+
+
+def test_a_model_that_serves_in_bfloat16_is_exported_in_float32(texts: Version, tmp_path: Path) -> None:
+    exact = described(onnx.export(texts, tmp_path / "exact.onnx"))
+    Arithmetic("bfloat16").save(texts.folder / "artifacts/arithmetic.safetensors")
+    try:
+        served = versions.read(texts.folder)
+        path = onnx.export(served, tmp_path / "small.onnx", TEXTS)
+    finally:
+        Arithmetic().save(texts.folder / "artifacts/arithmetic.safetensors")
+    assert path.read_bytes() == (tmp_path / "exact.onnx").read_bytes()
+    assert described(path) == exact
+
+
+def test_the_file_is_run_without_pytorch_and_without_headstart(texts: Version, tmp_path: Path) -> None:
+    onnx.export(texts, tmp_path / "small.onnx")
+    code = (
+        "import sys, numpy as np, onnxruntime\n"
+        "from tokenizers import Tokenizer\n"
+        "found = Tokenizer.from_file('tokenizer.json').encode_batch(['a delight', 'a bore, truly'])\n"
+        "given = {'ids': [f.ids for f in found], 'mask': [f.attention_mask for f in found]}\n"
+        "given = {name: np.array(rows) for name, rows in given.items()}\n"
+        "print(onnxruntime.InferenceSession('small.onnx').run(None, given)[0].shape)\n"
+        "assert not {'torch', 'headstart'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=isolated(tmp_path), capture_output=True, text=True
+    )
+    assert done.stdout == "(2, 2)\n", done.stderr
+
+
+def test_a_file_that_does_not_say_the_same_is_never_put_in_place(
+    texts: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "small.onnx").write_text("earlier")
+    (tmp_path / "tokenizer.json").write_text("earlier")
+    monkeypatch.setattr(onnx, "TOLERANCE", -1.0)
+    with pytest.raises(HeadstartError, match="does not say what it says in PyTorch"):
+        onnx.export(texts, tmp_path / "small.onnx", TEXTS)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
+        "small.onnx": "earlier",
+        "tokenizer.json": "earlier",
+    }
+
+
+def test_another_suffix_is_refused(texts: Version, tmp_path: Path) -> None:
+    with pytest.raises(HeadstartError, match=r"ends in \.onnx"):
+        onnx.export(texts, tmp_path / "small.bin")

@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from headstart import promotion
+from headstart.errors import HeadstartError
+from tests.postgres import postgres
+
+NAME = "moods"
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def blank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry's database with four versions of a model; making one takes seconds, copying it nothing."""
+    path = tmp_path_factory.mktemp("registry") / "mlflow.db"
+    # In a process of its own: a database that is open cannot be handed to a child.
+    in_child(lambda: fill(f"sqlite:///{path}", 4))
+    return path
+
+
+@pytest.fixture
+def registry(blank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    import mlflow
+
+    shutil.copy(blank, tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    yield uri
+    mlflow.set_tracking_uri(before)
+
+
+def fill(uri: str, versions: int) -> None:
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    client = MlflowClient()
+    client.create_registered_model(NAME)
+    for _ in range(versions):
+        client.create_model_version(NAME, source="file:///nowhere")
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run something in a process of its own, and return how it ended."""
+    child = FORK.Process(target=work)
+    child.start()
+    child.join(120)
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def state(client: MlflowClient) -> dict[str, Any]:
+    """All that a decision may change, but for the moment it was made."""
+    model = client.get_registered_model(NAME)
+    tags = {
+        (str(version.version), key): value
+        if not key.startswith(promotion.ENTRY)
+        else json.loads(value) | {"at": ""}
+        for version in promotion.versions(client, NAME)
+        for key, value in version.tags.items()
+    }
+    return {"aliases": promotion.aliases(client, NAME), "model": dict(model.tags), "versions": tags}
+
+
+def crown(client: MlflowClient, version: str, against: str | None = None) -> None:
+    assert promotion.crown(client, NAME, version, ["better"], against=against, judged=f"judged {version}")
+
+
+def test_the_champion_before_becomes_previous_and_the_history_keeps_why(registry: str) -> None:
+    client = promotion.opened()
+    crown(client, "1")
+    promotion.crown(client, NAME, "2", ["the boss says so"], forced=True)
+    assert promotion.aliases(client, NAME) == {"champion": "2", "previous": "1"}
+    first, second = promotion.history(client, NAME)
+    assert (first.number, first.action, first.version, first.champion) == (1, "promoted", "1", None)
+    assert (second.number, second.action, second.version, second.champion) == (2, "forced", "2", "1")
+    assert second.reasons == ["the boss says so"]
+    assert "@" in second.by
+
+
+def test_promoting_the_champion_again_changes_nothing(registry: str) -> None:
+    client = promotion.opened()
+    crown(client, "1")
+    before = state(client)
+    crown(client, "1")
+    assert state(client) == before
+
+
+def test_proof_against_a_champion_that_is_gone_promotes_nobody(registry: str) -> None:
+    client = promotion.opened()
+    crown(client, "1")
+    assert promotion.crown(client, NAME, "3", ["better"], against="2") is None
+    assert promotion.champion_of(client, NAME) == "1"
+    assert len(promotion.history(client, NAME)) == 1
+
+
+def test_a_refused_version_that_is_fit_for_use_is_the_challenger_until_it_is_promoted(registry: str) -> None:
+    client = promotion.opened()
+    crown(client, "1")
+    promotion.refuse(client, NAME, "2", ["not shown to be better"], judged="a", fit=True)
+    assert promotion.aliases(client, NAME) == {"champion": "1", "challenger": "2"}
+    promotion.refuse(client, NAME, "3", ["below the floor"], judged="b", fit=False)
+    assert promotion.aliases(client, NAME) == {"champion": "1", "challenger": "2"}
+    crown(client, "2", against="1")
+    assert promotion.aliases(client, NAME) == {"champion": "2", "previous": "1"}
+
+
+def test_rollback_restores_the_champions_one_after_the_other(registry: str) -> None:
+    client = promotion.opened()
+    for version, before in (("1", None), ("2", "1"), ("3", "2")):
+        crown(client, version, against=before)
+    promotion.rollback(client, NAME, "it calls everything happy")
+    assert promotion.aliases(client, NAME) == {"champion": "2", "previous": "1"}
+    undone = promotion.entries(client.get_model_version(NAME, "3").tags)[-1]
+    assert undone.action == "rolled back"
+    assert undone.reasons == ["it calls everything happy", "version 2 is champion again"]
+    promotion.rollback(client, NAME, "so does this")
+    assert promotion.aliases(client, NAME) == {"champion": "1"}
+    with pytest.raises(HeadstartError, match="no earlier champion to go back to"):
+        promotion.rollback(client, NAME, "and this")
+
+
+def test_a_name_that_the_registry_does_not_know_is_answered_with_the_nearest(registry: str) -> None:
+    with pytest.raises(HeadstartError, match="the registry has no model mood") as caught:
+        promotion.known(promotion.opened(), "mood")
+    assert caught.value.do == "did you mean moods?"
+
+
+def test_reasons_too_long_for_a_tag_are_cut_not_refused(registry: str) -> None:
+    client = promotion.opened()
+    promotion.crown(client, NAME, "1", ["x" * 90_000, "short"], forced=True)
+    long, short = promotion.history(client, NAME)[0].reasons
+    assert long.endswith("…") and len(long) < 5_000
+    assert short == "short"
+
+
+def test_a_registry_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    mlflow.set_tracking_uri("http://user:secret@127.0.0.1:9")
+    try:
+        with pytest.raises(HeadstartError, match="cannot be reached") as caught:
+            promotion.opened()
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert "127.0.0.1:9" in caught.value.where
+    assert "secret" not in str(caught.value)
+
+
+def killed_at(step: int, before: bool, uri: str, work: Callable[[MlflowClient], object]) -> None:
+    """Do the work, and die just before or just after the store is written to for the nth time."""
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    client, steps = promotion.opened(), 0
+
+    def deadly(write: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*given: Any, **named: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps == step and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done = write(*given, **named)
+            if steps == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return done
+
+        return called
+
+    for name in dir(client):
+        if name.startswith(("set_", "delete_")):
+            setattr(client, name, deadly(getattr(client, name)))
+    work(client)
+
+
+WORK: dict[str, Callable[[MlflowClient], object]] = {
+    "promote": lambda client: promotion.crown(client, NAME, "3", ["better"], against="2", judged="x"),
+    "refuse": lambda client: promotion.refuse(client, NAME, "4", ["no"], judged="x", fit=True),
+    "rollback": lambda client: promotion.rollback(client, NAME, "bad"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", WORK)
+def test_killed_at_any_write_the_same_command_ends_as_if_undisturbed(
+    what: str, blank: Path, tmp_path: Path
+) -> None:
+    start = tmp_path / "start.db"
+    shutil.copy(blank, start)
+
+    def prepare() -> None:
+        client = opened(start)
+        crown(client, "1")
+        crown(client, "2", against="1")
+        promotion.refuse(client, NAME, "3", ["not yet"], judged="y", fit=True)
+
+    assert in_child(prepare) == 0
+    states, disturbed = [], 0
+    for step in range(40):  # step 0 is never reached: undisturbed
+        for before in (True, False):
+            path = tmp_path / f"{step}-{before}.db"
+            shutil.copy(start, path)
+            ended = in_child(lambda: killed_at(step, before, f"sqlite:///{path}", WORK[what]))  # noqa: B023
+            if step and ended == 0:
+                break
+            disturbed += ended == -signal.SIGKILL
+
+            def again() -> None:
+                client = opened(path)  # noqa: B023
+                if step and what == "rollback":  # noqa: B023
+                    # Done or begun, a rollback is not done twice: begun it is carried through, and if
+                    # the very last write was made there is nothing left that says it was begun.
+                    if promotion.aliases(client, NAME)["champion"] == "2":
+                        WORK[what](client)
+                    elif client.get_registered_model(NAME).tags.get(promotion.PENDING):
+                        promotion.carry_through(client, NAME)
+                elif step:  # noqa: B023
+                    WORK[what](client)
+                (tmp_path / "state.json").write_text(repr(state(client)))
+
+            assert in_child(again) == 0
+            states.append((tmp_path / "state.json").read_text())
+        else:
+            continue
+        break
+    assert disturbed >= 8
+    assert set(states) == {states[0]}
+
+
+def opened(path: Path) -> MlflowClient:
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{path}")
+    return promotion.opened()
+
+
+ROUNDS, PROCESSES = 50, 8
+
+
+def promote_in_turns(uri: str, version: str, barrier: Any) -> None:
+    """One of several processes: in every round all promote a version of their own at once."""
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    client = promotion.opened()
+    for turn in range(ROUNDS):
+        barrier.wait(300)
+        promotion.crown(client, NAME, version, [f"round {turn}"], forced=True)
+
+
+def watch(uri: str, over: Any, seen: Any) -> None:
+    """Ask again and again who is champion; there must always be one."""
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    client = promotion.opened()
+    while not over.is_set():
+        champion = str(client.get_model_version_by_alias(NAME, "champion").version)
+        seen[int(champion) - 1] += 1
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["sqlite", "postgresql"])
+def test_eight_processes_that_promote_at_once_lose_no_decision_and_there_is_always_one_champion(
+    store: str, tmp_path: Path
+) -> None:
+    if store == "postgresql":
+        with postgres() as uri:
+            promote_at_once(uri, tmp_path)
+    else:
+        promote_at_once(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path)
+
+
+def promote_at_once(uri: str, tmp_path: Path) -> None:
+    def prepare() -> None:
+        import mlflow
+
+        fill(uri, PROCESSES)
+        mlflow.set_tracking_uri(uri)
+        promotion.crown(promotion.opened(), NAME, "1", ["first"], forced=True)
+
+    assert in_child(prepare) == 0
+    barrier, over, seen = FORK.Barrier(PROCESSES), FORK.Event(), FORK.Array("i", PROCESSES)
+    watcher = FORK.Process(target=watch, args=(uri, over, seen))
+    promoters = [
+        FORK.Process(target=promote_in_turns, args=(uri, str(n), barrier)) for n in range(1, PROCESSES + 1)
+    ]
+    for process in (watcher, *promoters):
+        process.start()
+    for process in promoters:
+        process.join(600)
+    over.set()
+    watcher.join(30)
+    assert [process.exitcode for process in (watcher, *promoters)] == [0] * (PROCESSES + 1)
+    assert sum(seen) > 100
+    result = FORK.Queue()
+
+    def told() -> None:
+        import mlflow
+
+        mlflow.set_tracking_uri(uri)
+        client = promotion.opened()
+        decided = [(e.number, e.version, e.champion) for e in promotion.history(client, NAME)]
+        result.put((decided, promotion.aliases(client, NAME), dict(client.get_registered_model(NAME).tags)))
+
+    teller = FORK.Process(target=told)
+    teller.start()
+    decided, aliases, tags = result.get(timeout=120)
+    teller.join(60)
+    assert [number for number, _, _ in decided] == list(range(1, len(decided) + 1))
+    # Each decision knows the champion that the one before it made: none was made beside another.
+    champions = [version for _, version, _ in decided]
+    assert [before for _, _, before in decided] == [None, *champions[:-1]]
+    assert aliases == {"champion": champions[-1], "previous": champions[-2]}
+    assert promotion.PENDING not in tags
+    # Whoever finds himself champion already has nothing to do; all others decide once in each round.
+    assert ROUNDS * (PROCESSES - 1) < len(decided) <= ROUNDS * PROCESSES + 1
