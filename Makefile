@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-fast lint format bench-features bench-finetune bench-few-labels bench-sentiment bench-adaptation bench-predict reference lock clean
+.PHONY: help setup demo test test-fast lint format bench-features bench-finetune bench-few-labels bench-sentiment bench-adaptation bench-predict bench-serve reference lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -26,7 +26,7 @@ demo: $(READY) ## run both example recipes, from raw data to registered models
 
 test: $(READY) ## run all tests: fast ones first, then slow ones
 	pytest -m "not slow" -n 2
-	pytest -m slow
+	pytest -m slow -n 2 --dist loadfile
 
 test-fast: $(READY) ## run the fast tests only
 	pytest -m "not slow" -n 2
@@ -62,6 +62,9 @@ bench-predict: $(READY) ## measure predicting many rows against asking row by ro
 
 bench-sentiment: $(READY) ## compare sentiment with rules (after both sentiment recipes have run)
 	python benchmarks/sentiment.py
+
+bench-serve: $(READY) ## measure serving against mlflow models serve (after make demo)
+	python benchmarks/serve.py
 
 reference: $(READY) ## write the JSON schema and the generated reference pages anew
 	python docs/reference/generate.py

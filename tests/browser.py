@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 import pytest
+
+from tests.debian import missing
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Route
@@ -37,6 +40,8 @@ def browser() -> Iterator[Browser]:
     """Chromium, closed when the module's tests are done."""
     from playwright.sync_api import sync_playwright
 
+    if not Path(CHROMIUM).exists():
+        missing("chromium")
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield started

@@ -48,7 +48,7 @@ class Project:
     environment: dict[str, str] = field(default_factory=dict)
 
     def __call__(
-        self, *command: str, extra: Mapping[str, str] | None = None, timeout: float = 300
+        self, *command: str, extra: Mapping[str, str] | None = None, timeout: float = 900
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in the project; stdout and stderr are captured apart."""
         return subprocess.run(

@@ -11,12 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
-
-def missing(what: str) -> None:
-    """Skip a test that needs a Debian package; on CI, where all are installed, fail."""
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"needs Debian's package {what}")
+from tests.debian import missing
 
 
 def free_port() -> int:

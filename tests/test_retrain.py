@@ -48,7 +48,7 @@ def test_a_run_ends_with_one_line_that_says_what_happened_how_good_and_where(
     assert last.startswith("moods: ingest ran, ")
     assert "test accuracy" in last
     assert "registered as moods version 1 (candidate)" in last
-    assert last.endswith(str(project.root / "evidence/moods/summary.md"))
+    assert last.endswith(str(project.root / "reports/moods/report.html"))
 
 
 def test_images_go_the_same_way_as_texts(project: Project) -> None:
@@ -90,10 +90,10 @@ def test_a_changed_training_parameter_reruns_only_train_and_what_follows_and_goi
     before, original = contents(finished.root), recipe.read_text()
     recipe.write_text(original.replace("train: {}", 'train: {"l2": [0.5]}'))
     printed = finished.ok("headstart", "run", "recipes/moods.yaml")
-    assert "moods: train ran, evaluate ran, register ran;" in printed
+    assert "moods: train ran, evaluate ran, register ran, promote ran, report ran;" in printed
     recipe.write_text(original)
     printed = finished.ok("headstart", "run", "recipes/moods.yaml")
-    assert "moods: train restored, evaluate restored;" in printed
+    assert "moods: train restored, evaluate restored, report ran;" in printed
     assert contents(finished.root) == before
 
 

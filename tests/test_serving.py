@@ -484,8 +484,9 @@ def test_the_page_is_used_by_keyboard_alone(browser: Browser, images: Server, te
     with opened(browser, images.url) as page:
         page.wait_for_selector("#drop", state="visible")
         page.keyboard.press("Tab")
+        page.wait_for_selector("#file:focus")
         with page.expect_file_chooser():
-            page.keyboard.press("Enter")
+            page.keyboard.press("Space")
 
 
 def test_the_page_names_no_address_but_its_own() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def retrained(project: Project, *, noise: float, seed: int = 0) -> str:
     """The last line of a run on labels with so much noise."""
     write(project.root / "inbox/moods.csv", noise)
     recipe = project.root / "recipes/moods.yaml"
-    recipe.write_text(recipe.read_text().replace('"l2": [0.1]', f'"seed": {seed}, "l2": [0.1]'))
+    recipe.write_text(re.sub(r"train: .*", f'train: {{"seed": {seed}, "l2": [0.1]}}', recipe.read_text()))
     return project.ok("headstart", "run", "recipes/moods.yaml").strip().splitlines()[-1]
 
 
