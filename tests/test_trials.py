@@ -63,10 +63,12 @@ def retrained(project: Project, *, noise: float, seed: int = 0) -> str:
 
 
 def aliases(project: Project) -> dict[str, str]:
-    printed = project.ok("headstart", "models", "moods")
-    rows = [line.split("  ") for line in printed.splitlines()[1:]]
-    found = [[cell.strip() for cell in row if cell.strip()] for row in rows]
-    return {alias: row[0] for row in found for alias in row[1].split(", ")}
+    """Version by alias, as ``headstart models`` shows them: words between the number and the figures."""
+    found = {}
+    for line in project.ok("headstart", "models", "moods").splitlines()[1:]:
+        version, *words = line.split("  ", 3)[:3]
+        found |= {alias.strip(): version for alias in words[0].split(",") if alias.strip().isalpha()}
+    return found
 
 
 def test_a_model_that_learned_nothing_is_registered_and_does_not_become_champion(
