@@ -66,8 +66,8 @@ def aliases(project: Project) -> dict[str, str]:
     """Version by alias, as ``headstart models`` shows them: words between the number and the figures."""
     found = {}
     for line in project.ok("headstart", "models", "moods").splitlines()[1:]:
-        version, *words = line.split("  ", 3)[:3]
-        found |= {alias.strip(): version for alias in words[0].split(",") if alias.strip().isalpha()}
+        version, first = re.split(r"\s{2,}", line)[:2]
+        found |= {alias: version for alias in first.split(", ") if alias.isalpha()}
     return found
 
 
