@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
@@ -17,6 +16,7 @@ import yaml
 
 from tests import examples
 from tests.conftest import Project, isolated
+from tests.servers import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -45,12 +45,6 @@ def running(project: Project, *command: str, environment: dict[str, str], log: P
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for_server(api: str) -> None:

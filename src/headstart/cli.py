@@ -236,10 +236,9 @@ def promote(
             "a promotion without proof needs a reason", do='add --because "...", which the history keeps'
         )
     client = promotion.opened()
-    numbers = [str(each.version) for each in promotion.known(client, name)]
-    chosen = version or promotion.aliases(client, name).get(promotion.CANDIDATE, numbers[0])
-    if chosen not in numbers:
-        raise HeadstartError(f"{name} has no version {chosen}", do=f"it has {', '.join(numbers)}")
+    newest = str(promotion.known(client, name)[0].version)
+    chosen = version or promotion.aliases(client, name).get(promotion.CANDIDATE, newest)
+    promotion.tags(client, name, chosen)  # or there is no such version
     promotion.crown(client, name, chosen, [because], forced=True)
     print(f"{name} version {chosen} is champion, by force: {because}")
 

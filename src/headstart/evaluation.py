@@ -8,6 +8,7 @@ never decides whether the numbers are good enough.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def _measure(
     Of a model that may abstain also the share of rows that it answers, and the share of those that is right;
     all other metrics are those of a model that has to answer.
     """
-    truth, named = _positions(rows["label"].to_numpy(), classes), rule.named(probabilities)
+    truth, named = positions(rows["label"].tolist(), classes), rule.named(probabilities)
     # The seed is fixed: an interval that moves between two runs of the same predictions helps nobody.
     found = intervals(
         truth,
@@ -168,7 +169,8 @@ def _measure(
     return rounded | found_on
 
 
-def _positions(labels: np.ndarray[Any, Any], classes: list[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def positions(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Where each label stands among the classes, int64 [n]; -1 where it is none of them."""
     return pd.Index(classes).get_indexer(pd.Index(labels)).astype(np.int64)
 
 

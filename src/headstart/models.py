@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import numpy as np
-
 from headstart.calibration import Decision
 from headstart.errors import HeadstartError
 from headstart.heads import Head
@@ -23,6 +21,7 @@ from headstart.recipe import Features, Recipe
 
 if TYPE_CHECKING:
     from headstart.features import Extractor, Item
+    from headstart.precision import Arithmetic
 
 NO_LABEL = ""  # where a model abstains
 
@@ -46,17 +45,12 @@ class Model:
     @classmethod
     def read(cls, parts: Mapping[str, Path]) -> Model:
         """From the parts that ``parts_of`` names: backbone, head, model, features, arithmetic."""
-        from headstart import devices
         from headstart.features import Extractor
-        from headstart.precision import Arithmetic
 
         options = Features.model_validate_json(parts["features"].read_text(encoding="utf-8"))
-        arithmetic = Arithmetic.load(parts["arithmetic"])
-        if arithmetic.dtype not in map(devices.name_of, devices.fast_dtypes(devices.device())):
-            arithmetic = Arithmetic()  # this machine would only imitate it; float32 says the same
         described = json.loads(parts["model"].read_text(encoding="utf-8"))
         return cls(
-            extractor=Extractor(parts["backbone"], options, arithmetic),
+            extractor=Extractor(parts["backbone"], options, arithmetic_here(parts["arithmetic"])),
             head=Head.load(parts["head"]),
             decision=Decision.of(described),
             classes=described["classes"],
@@ -82,6 +76,17 @@ class Model:
             [self.classes[c] if said else NO_LABEL for c, said in zip(named, sure, strict=True)],
             probabilities,
         )
+
+
+def arithmetic_here(path: Path) -> Arithmetic:
+    """How a network computes on this machine, by the file that says how it did where it was trained."""
+    from headstart import devices
+    from headstart.precision import Arithmetic
+
+    found = Arithmetic.load(path)
+    if found.dtype in map(devices.name_of, devices.fast_dtypes(devices.device())):
+        return found
+    return Arithmetic()  # this machine would only imitate it; float32 says the same
 
 
 def parts_of(recipe: Recipe, layout: Layout, folder: Path) -> dict[str, Path]:
@@ -146,9 +151,3 @@ def load(name: str, which: str = "champion") -> Version:
     paths = described["flavors"]["python_function"]["artifacts"]
     parts = {part: folder / where["path"] for part, where in paths.items()}
     return Version(name, str(found.version), found.run_id, dict(found.tags), folder, Model.read(parts))
-
-
-def positions(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Where each label stands among the classes, int64 [n]; -1 where it is none of them."""
-    place = {name: i for i, name in enumerate(classes)}
-    return np.array([place.get(label, -1) for label in labels], np.int64)

@@ -365,6 +365,19 @@ def known(client: MlflowClient, name: str) -> list[ModelVersion]:
     return found
 
 
+def tags(client: MlflowClient, name: str, version: str) -> dict[str, str]:
+    """What is written down about a version of a model.
+
+    Raises:
+        HeadstartError: there is no such version.
+    """
+    found = {str(each.version): dict(each.tags) for each in known(client, name)}
+    if version not in found:
+        numbers = ", ".join(sorted(found, key=int))
+        raise HeadstartError(f"{name} has no version {version}", do=f"it has {numbers}")
+    return found[version]
+
+
 def table(client: MlflowClient, name: str) -> list[dict[str, Any]]:
     """One line per version, newest first: aliases, test metrics, data and the latest decision."""
     by_version: dict[str, list[str]] = {}

@@ -176,7 +176,7 @@ class _Said:
             classes,
             rows,
             probabilities,
-            models.positions(rows["label"].tolist(), classes),
+            evaluation.positions(rows["label"].tolist(), classes),
             decision.named(probabilities),
             decision.sure(probabilities),
             decision.abstain,

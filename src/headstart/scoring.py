@@ -25,7 +25,7 @@ import numpy as np
 from headstart.adapters import IMAGE_SUFFIXES
 from headstart.errors import HeadstartError
 from headstart.layout import unwritable_named
-from headstart.models import NO_LABEL, Model, Version
+from headstart.models import NO_LABEL, Model, Version, arithmetic_here
 from headstart.progress import bar
 
 if TYPE_CHECKING:
@@ -159,14 +159,10 @@ def scored(version: Version, sources: Sequence[Source], chunk: int) -> Iterator[
 
 def _compiled(version: Version) -> Model:
     """The same model with a compiled network."""
-    from headstart import devices
     from headstart.features import Extractor
-    from headstart.precision import Arithmetic
 
     plain = version.model.extractor
-    arithmetic = Arithmetic.load(version.folder / "artifacts" / "arithmetic.safetensors")
-    if arithmetic.dtype not in map(devices.name_of, devices.fast_dtypes(plain.device)):
-        arithmetic = Arithmetic()
+    arithmetic = arithmetic_here(version.folder / "artifacts" / "arithmetic.safetensors")
     return replace(
         version.model, extractor=Extractor(plain.weights, plain.options, arithmetic, compiled=True)
     )

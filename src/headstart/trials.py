@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from headstart import gate, models, promotion
+from headstart import evaluation, gate, models, promotion
 from headstart.errors import HeadstartError
 from headstart.gate import Judged, Verdict
 from headstart.layout import HIDDEN, Layout, sha256_of
@@ -25,8 +25,6 @@ from headstart.promotion import CANDIDATE, CHAMPION, Entry
 from headstart.recipe import Recipe
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
     from headstart.features import Item
 
 TRIES = 5  # judgements, if another champion is crowned during each
@@ -86,7 +84,7 @@ def decide(recipe: Recipe, layout: Layout, version: str | None = None) -> Decide
             raise HeadstartError(
                 f"{name} has no candidate", do=f"name a version of `headstart models {name}`"
             )
-        tags = _tags(client, name, chosen)
+        tags = promotion.tags(client, name, chosen)
         decided = promotion.entries(tags)
         key = _key(recipe, layout, tags, champion)
         known = decided and (decided[-1].judged == key or decided[-1].action == "rolled back")
@@ -138,7 +136,7 @@ def compare(recipe: Recipe, layout: Layout, version: str, champion: str | None) 
     classes = list(dict.fromkeys([*(c for each in asked for c in each.model.classes), *rows["label"]]))
     answers = [_answers(each, items, classes) for each in asked]
     judged = Judged(
-        models.positions(rows["label"].tolist(), classes),
+        evaluation.positions(rows["label"].tolist(), classes),
         rows["group"].factorize()[0],
         rows["domain"].to_numpy(str),
     )
@@ -156,7 +154,7 @@ def _answers(version: Version, items: Sequence[Item], classes: list[str]) -> gat
     start = time.perf_counter()
     _, said = version.model(items)
     seconds = (time.perf_counter() - start) / len(items)
-    place = models.positions(version.model.classes, classes)
+    place = evaluation.positions(version.model.classes, classes)
     probabilities = np.zeros((len(items), len(classes)))
     probabilities[:, place] = said
     named = place[version.model.decision.named(said)]
@@ -181,15 +179,6 @@ def _rows(recipe: Recipe, layout: Layout) -> tuple[pd.DataFrame, list[Item]]:
     rows = rows[rows["label"] != HIDDEN].reset_index(drop=True)
     content = rows[column].tolist()
     return rows, content if column == "text" else [layout.raw / name for name in content]
-
-
-def _tags(client: MlflowClient, name: str, version: str) -> dict[str, str]:
-    numbers = {str(each.version): dict(each.tags) for each in promotion.known(client, name)}
-    if version not in numbers:
-        raise HeadstartError(
-            f"{name} has no version {version}", do=f"it has {', '.join(sorted(numbers, key=int))}"
-        )
-    return numbers[version]
 
 
 def _key(recipe: Recipe, layout: Layout, tags: dict[str, str], champion: str | None) -> str:
