@@ -29,6 +29,7 @@ from headstart.recipe import Recipe
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 BATCH = 1000  # metrics per request: the most that MLflow takes
 # What the served model imports, besides the library of its backbone.
@@ -77,9 +78,9 @@ def register(recipe: Recipe, layout: Layout) -> Registered:
     try:
         client = _open_store(layout)
         with promotion.locked(name):
-            _clear(client, layout, digest)
             existing = _find(client, name, digest)
-            number = existing or _log_run(recipe, layout, model, digest)
+            _clear(client, layout, digest, existing.run_id if existing else None)
+            number = str(existing.version) if existing else _log_run(recipe, layout, model, digest)
             if promotion.aliases(client, name).get(CANDIDATE) != number:
                 client.set_registered_model_alias(name, CANDIDATE, number)
         return Registered(name, number, store, new=existing is None)
@@ -132,22 +133,26 @@ def attach(name: str, version: str, folder: Path) -> None:
         client.log_artifacts(run, str(folder), "report")
 
 
-def _find(client: MlflowClient, name: str, digest: str) -> str | None:
+def _find(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
     """The newest version that carries ``digest``, if it is complete."""
     matching = (
-        str(found.version)
-        for found in promotion.versions(client, name)
-        if found.tags.get("headstart.digest") == digest
+        found for found in promotion.versions(client, name) if found.tags.get("headstart.digest") == digest
     )
     return next(matching, None)
 
 
-def _clear(client: MlflowClient, layout: Layout, digest: str) -> None:
-    """Delete what a killed registration of the same model has left: a run that no version came of."""
+def _clear(client: MlflowClient, layout: Layout, digest: str, kept: str | None) -> None:
+    """Settle what a killed registration of the same model has left open.
+
+    The run ``kept``, of which a version came, has all it needs and is ended; any other is deleted.
+    """
     experiment = client.get_experiment_by_name(layout.recipe)
     wanted = f"tags.`headstart.digest` = '{digest}' and attributes.status = 'RUNNING'"
     for run in client.search_runs([experiment.experiment_id], wanted):
-        client.delete_run(run.info.run_id)
+        if run.info.run_id == kept:
+            client.set_terminated(kept)
+        else:
+            client.delete_run(run.info.run_id)
 
 
 def _log_run(recipe: Recipe, layout: Layout, model: dict[str, Any], digest: str) -> str:
