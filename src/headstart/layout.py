@@ -39,6 +39,21 @@ class Layout:
         return self.root / "data" / self.recipe
 
     @property
+    def batches(self) -> Path:
+        """Batches taken in since the source was, a folder each; hidden, so that adapters pass over it."""
+        return self.raw / ".batches"
+
+    @property
+    def inbox(self) -> Path:
+        """Where new batches arrive, unless the recipe names another place; git-ignored."""
+        return self.root / "inbox" / self.recipe
+
+    @property
+    def quarantine(self) -> Path:
+        """Batches that are being looked at, or were rejected; git-ignored."""
+        return self.root / "quarantine" / self.recipe
+
+    @property
     def manifest(self) -> Path:
         """Output of ``validate``."""
         return self.root / "manifest" / self.recipe

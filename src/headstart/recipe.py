@@ -36,6 +36,10 @@ class Ingest(Block):
     """Digest of the downloaded file. Without it, the first fetch prints the line to add."""
     licence: str | None = None
     """Licence of the data, carried into the model card."""
+    inbox: str | None = None
+    """A folder or an fsspec prefix where new batches arrive; by default ``inbox/<recipe>`` in the project."""
+    settle: float = Field(default=30, ge=0)
+    """Seconds in which nothing of a batch may have changed before it is taken in: half-copied files wait."""
 
 
 class Splits(Block):
@@ -340,6 +344,17 @@ class Promote(Block):
     """Megabytes of the model's files."""
 
 
+class Monitor(Block):
+    """When recent rows count as drifted from those that the champion knows."""
+
+    level: float = Field(default=0.05, gt=0, lt=0.5)
+    """Chance of an alarm while nothing has drifted, over all tests of one batch together."""
+    rows: int = Field(default=1000, ge=50)
+    """At most so many rows of a batch, and of what the champion knows, are compared."""
+    permutations: int = Field(default=1000, ge=100)
+    """Permutations of each test."""
+
+
 class Recipe(Block):
     """All choices of one use case. A block for each stage, in the order they run."""
 
@@ -352,6 +367,7 @@ class Recipe(Block):
     evaluate: Evaluate
     register_: Register = Field(default=Register(), alias="register")
     promote: Promote = Promote()
+    monitor: Monitor = Monitor()
 
     @model_validator(mode="after")
     def _fit_together(self) -> Recipe:
