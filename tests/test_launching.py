@@ -20,6 +20,7 @@ TRAIN: dict[str, Any] = {
     "method": "fine_tune",
     "epochs": 1,
     "batch": 8,
+    "frozen_below": 0,
     "dropout": 0.0,  # each process drops out others
     "precision": "float32",
 }

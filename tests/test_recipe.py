@@ -12,7 +12,7 @@ import yaml
 
 from headstart.adaptation import METHODS
 from headstart.errors import HeadstartError
-from headstart.recipe import Adaptation, json_schema, load
+from headstart.recipe import Adaptation, Recipe, json_schema, load
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -159,3 +159,27 @@ def test_a_way_to_adapt_is_refused_where_nothing_is_adapted(tmp_path: Path) -> N
 
 def test_every_way_to_adapt_can_be_chosen() -> None:
     assert list(get_args(Adaptation)) == list(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("train", "backbone", "rows"),
+    [
+        ("method: fine_tune", "timm:resnet18", 50),
+        ("method: fine_tune", "transformers:bert", 0),
+        ("{method: fine_tune, frozen_below: 8}", "timm:resnet18", 8),
+        ("{method: fine_tune, head_first: false}", "timm:resnet18", 0),  # there is no head to keep
+        ("{method: feature_extraction}", "timm:resnet18", 0),
+    ],
+)
+def test_few_pictures_keep_the_backbone_frozen(train: str, backbone: str, rows: int) -> None:
+    made = Recipe.model_validate(
+        {
+            "ingest": {"source": "file:photos"},
+            "validate": {"adapter": "table"},
+            "fetch": {"backbone": backbone, "source": "file:weights"},
+            "features": {"packed": True},
+            "train": yaml.safe_load(train if train.startswith("{") else f"{{{train}}}"),
+            "evaluate": {},
+        }
+    )
+    assert made.frozen_below == rows

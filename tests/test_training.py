@@ -75,6 +75,17 @@ def test_the_test_labels_choose_nothing(tmp_path: Path) -> None:
     assert before.drop(columns="label").equals(after.drop(columns="label"))
 
 
+def test_with_few_rows_of_a_class_the_backbone_stays_frozen(tmp_path: Path) -> None:
+    few = {"method": "fine_tune", "frozen_below": 100}  # there are some 70; packed rows are not even there
+    one, two = cached.write(tmp_path / "one"), cached.write(tmp_path / "two")
+    train(cached.recipe(features={"packed": True}, train=few), one)
+    train(cached.recipe(), two)
+    assert (one.model / "head.safetensors").read_bytes() == (two.model / "head.safetensors").read_bytes()
+    assert not (one.model / "backbone").exists()
+    assert model(one)["method"] == "fine_tune"
+    assert model(one)["bias"] is None
+
+
 def test_validation_labels_do_choose(tmp_path: Path) -> None:
     table = cached.manifest()
     swapped = table.copy()

@@ -25,6 +25,11 @@ def launched() -> bool:
     return "WORLD_SIZE" in os.environ
 
 
+def first() -> bool:
+    """Whether this process is the one that publishes: the first of several, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def train(recipe: Path, processes: int) -> None:
     """Run the stage ``train`` in so many processes of this machine.
 

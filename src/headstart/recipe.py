@@ -234,6 +234,9 @@ class Train(Block):
     them, its doubts included."""
     head_first: bool = True
     """Start from the head that fits the frozen features best, instead of a random one."""
+    frozen_below: int | None = Field(default=None, ge=0)
+    """With fewer training rows of a class, keep that head and the frozen backbone; by default below 50 for
+    images and 0 for texts."""
     epochs: int = Field(default=3, ge=1)
     """Passes over the training rows."""
     budget: float | None = Field(default=None, gt=0)
@@ -396,6 +399,16 @@ class Recipe(Block):
     def modality(self) -> Literal["image", "text"]:
         """What the backbone reads."""
         return "text" if self.fetch.backbone.startswith("transformers:") else "image"
+
+    @property
+    def frozen_below(self) -> int:
+        """Training rows of a class below which ``fine_tune`` keeps the backbone as it is."""
+        train = self.train
+        if train.method != "fine_tune" or not train.head_first:
+            return 0
+        if train.frozen_below is not None:
+            return train.frozen_below
+        return 50 if self.modality == "image" else 0
 
     def training(self, **choices: Any) -> Recipe:
         """The same recipe with other choices in its ``train`` block."""

@@ -8,6 +8,7 @@ measures itself on the test rows, which take no part in any choice: they are onl
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,8 +18,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from headstart import stamps
-from headstart.calibration import Decision, decision, temperature, tempered
+from headstart import launching, stamps
+from headstart.calibration import Calibration, Decision, bias_corrected, decision, temperature
 from headstart.errors import HeadstartError
 from headstart.heads import Features, Head, select
 from headstart.layout import HIDDEN, Layout, sha256_of, written_whole
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from headstart.shifts import Diagnosis
 
 Rows = NDArray[np.int64]
+log = logging.getLogger(__name__)
 PUT_ASIDE: dict[str, Any] = {"label": HIDDEN, "confidence": 1.0, "weight": 1.0, "split": "train"}
 
 
@@ -104,7 +106,7 @@ def train(recipe: Recipe, layout: Layout) -> None:
             rows to learn from, or fine-tuning cannot go on.
     """
     if recipe.train.trains_backbone:
-        from headstart import devices, launching
+        from headstart import devices
 
         # Domains are compared, and rows labelled anew, within one process.
         alone = recipe.train.alignment or recipe.train.teach
@@ -120,14 +122,11 @@ def train(recipe: Recipe, layout: Layout) -> None:
     held_out = np.flatnonzero(examples.manifest["split"].isin(["val", "test"]))
     with written_whole(layout.model) as folder:
         probabilities = fitted.publish(folder, held_out)
-        heat, rule = _calibrated(recipe.train, examples, held_out, probabilities)
-        Head.load(folder / "head.safetensors").tempered(heat).save(folder / "head.safetensors")
-        probabilities = tempered(probabilities, heat)
+        rule = _rule(recipe.train, examples, held_out, probabilities)
         model = {
             "method": recipe.train.method,
             "classes": examples.classes,
             **fitted.said,
-            "temperature": heat,
             "decision": asdict(rule),
             "stamps": stamped,
         }
@@ -142,20 +141,15 @@ def train(recipe: Recipe, layout: Layout) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _calibrated(
-    choices: Train, examples: Examples, held_out: Rows, probabilities: Floats
-) -> tuple[float, Decision]:
-    """The temperature and the decision rule that the validation rows choose.
+def _rule(choices: Train, examples: Examples, held_out: Rows, probabilities: Floats) -> Decision:
+    """The decision rule that the validation rows choose.
 
-    Of a model made for a target domain they can choose neither: they are of other domains.
+    Of a model made for a target domain they can choose none: they are of other domains.
     """
-    if choices.method == "domain_adaptation":
-        nothing = np.empty(0, np.int64), np.empty((0, len(examples.classes)))
-        return 1.0, decision(*nothing, examples.classes, choices.decide)
     val = (examples.manifest["split"].to_numpy()[held_out] == "val") & (examples.truth[held_out] >= 0)
-    truth = examples.truth[held_out[val]]
-    heat = temperature(truth, probabilities[val])
-    return heat, decision(truth, tempered(probabilities[val], heat), examples.classes, choices.decide)
+    if choices.method == "domain_adaptation":
+        val[:] = False
+    return decision(examples.truth[held_out[val]], probabilities[val], examples.classes, choices.decide)
 
 
 def fit(
@@ -181,8 +175,10 @@ def fit(
     few = (examples.manifest["domain"] == domain).to_numpy()[train]
     train, known = train[~few], train[few]
     source = source_of(recipe, layout, examples, train, val, key=key)
-    if source is None or recipe.train.method != "domain_adaptation":
-        return source
+    if source is None:
+        return None
+    if recipe.train.method != "domain_adaptation":
+        return Calibrated(source, _calibration(recipe.train, source, train, val))
     model = adapted(recipe.train, source, train, val, known)
     if not recipe.train.teach:
         return model
@@ -198,10 +194,15 @@ def source_of(
     """
     if not recipe.train.trains_backbone:
         return Frozen(examples, *fit_rows(examples, recipe.train, train, val))
+    fewest = int(np.bincount(examples.truth[train], minlength=len(examples.classes)).min())
+    if fewest < recipe.frozen_below:
+        log.info("%d training rows of a class are too few to tune the backbone: it stays frozen", fewest)
+        kept = Frozen(examples, *fit_rows(examples, recipe.train, train, val))
+        return kept if launching.first() else None
     tuning, frozen = begin(recipe, layout, examples, train, val, key=key)
     tuning.run()
     clock = layout.work / "train" / f"{key}.csv" if key is not None else None
-    tuned = Tuned(recipe, examples, tuning, frozen, clock)
+    tuned = Tuned(recipe, examples, tuning, frozen, clock, tuning.probabilities(val))
     if recipe.train.tune:
         tuned = tuned.with_features()  # while all processes are at hand
     return tuned if tuning.accelerator.is_main_process else None
@@ -251,6 +252,7 @@ class Tuned:
     tuning: Tuning
     frozen: Frozen | None
     clock: Path | None
+    of_val: Floats  # what it says of the validation rows, found while all processes were at hand
 
     @property
     def head(self) -> Head:
@@ -308,6 +310,48 @@ class Tuned:
         vectors = self.write(folder, rows)
         self.head.save(folder / "head.safetensors")
         return self.head.probabilities(vectors)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A model whose probabilities mean what they say, by what the validation rows showed."""
+
+    model: Frozen | Tuned
+    calibration: Calibration
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What the model tells, and the calibration."""
+        return self.model.said | asdict(self.calibration)
+
+    @property
+    def chosen(self) -> str:
+        """What the model tells."""
+        return self.model.chosen
+
+    def probabilities(self, rows: Rows) -> Floats:
+        """float64 [rows, classes]."""
+        return self.calibration(self.model.probabilities(rows))
+
+    def publish(self, folder: Path, rows: Rows) -> Floats:
+        """Write what the model writes, the calibration within its head."""
+        found = self.calibration(self.model.publish(folder, rows))
+        path = folder / "head.safetensors"
+        Head.load(path).calibrated(self.calibration).save(path)
+        return found
+
+
+def _calibration(choices: Train, model: Frozen | Tuned, train: Rows, val: Rows) -> Calibration:
+    """The calibration that the validation rows ask for.
+
+    A head on frozen features is fitted to convergence, so its biases are right already; a handful of
+    validation rows would only disturb them.
+    """
+    truth = model.examples.truth[val]
+    if isinstance(model, Frozen):
+        return Calibration(temperature(truth, model.probabilities(val)))
+    weights = labels(model.examples, choices, train)[1]
+    return bias_corrected(truth, model.of_val, weights[val])
 
 
 @dataclass(frozen=True)
@@ -455,7 +499,7 @@ def taught(  # noqa: PLR0917  # as ``fit``, and the teacher
     there = examples.unlabelled("train", "val")
     guessed = examples.named(there, model.probabilities(there))
     again = source_of(
-        recipe.training(method="fine_tune", tune=False, alignment=None, teach=False),
+        recipe.training(method="fine_tune", tune=False, alignment=None, teach=False, frozen_below=0),
         layout,
         guessed,
         np.sort(np.concatenate([train, there])),
