@@ -179,7 +179,7 @@ def controls(name: str = "sentiment", domain: str = "movies") -> dict[str, float
                 )
             )
         test = there[splits.folds(examples.manifest.iloc[there].assign(label=""), 2, seed) == 0]
-        source = training.Frozen(examples, *training.fit_rows(examples, chosen.train, train, val))
+        source = training.frozen_of(chosen, examples, train, val)
         model = training.adapted(adapting, replace(source, examples=examples.blind(there, test)), train, val)
         before, after = (
             scores(examples.truth[test], head.probabilities(examples.features[test]))["accuracy"]

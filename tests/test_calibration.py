@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from headstart.calibration import COLDEST, Calibration, Decision, bias_corrected, decision, temperature
+from headstart.calibration import COLDEST, Decision, decision, temperature, tempered
 from headstart.errors import HeadstartError
 from headstart.heads import Head
 from headstart.metrics import scores
@@ -21,13 +21,13 @@ def honest(n: int = 20_000, classes: int = 3, seed: int = 0) -> tuple[np.ndarray
 @pytest.mark.parametrize("heat", [0.4, 1.0, 2.5])
 def test_the_temperature_that_distorted_honest_probabilities_is_found(heat: float) -> None:
     truth, probabilities = honest()
-    assert temperature(truth, Calibration(1 / heat)(probabilities)) == pytest.approx(heat, rel=0.05)
+    assert temperature(truth, tempered(probabilities, 1 / heat)) == pytest.approx(heat, rel=0.05)
 
 
 def test_an_overconfident_model_is_calibrated_without_changing_an_answer() -> None:
     truth, probabilities = honest()
-    loud = Calibration(0.3)(probabilities)
-    calm = Calibration(temperature(truth, loud))(loud)
+    loud = tempered(probabilities, 0.3)
+    calm = tempered(loud, temperature(truth, loud))
     assert np.array_equal(calm.argmax(axis=1), loud.argmax(axis=1))
     before, after = scores(truth, loud), scores(truth, calm)
     assert after["ece"] < 0.2 * before["ece"]
@@ -41,55 +41,13 @@ def test_rows_that_are_all_right_do_not_make_a_model_infinitely_sure() -> None:
     assert COLDEST <= temperature(truth, probabilities) < 0.1
 
 
-def test_the_bias_that_distorted_honest_probabilities_is_found() -> None:
-    truth, probabilities = honest()
-    bent = Calibration(0.6, (0.9, -0.5, 0.1))
-    found = bias_corrected(truth, bent.undone(probabilities), np.ones(len(truth)))
-    assert found.temperature == pytest.approx(0.6, rel=0.05)
-    assert found.bias is not None
-    assert np.array(found.bias) - np.mean(found.bias) == pytest.approx(
-        np.array([0.9, -0.5, 0.1]) - 0.5 / 3, abs=0.06
-    )
-    mended = scores(truth, found(bent.undone(probabilities)))
-    assert mended["balanced_accuracy"] > scores(truth, bent.undone(probabilities))["balanced_accuracy"] + 0.02
-
-
-def test_a_handful_of_rows_changes_little() -> None:
-    """Four rows that name one class twice too often: a maximum of the likelihood would not exist."""
-    truth = np.array([0, 1, 1, 1])
-    probabilities = np.array([[0.9, 0.1]] * 4)
-    found = bias_corrected(truth, probabilities, np.ones(4))
-    assert found.bias is not None
-    assert 0 < found.bias[1] < 2
-    assert found.bias[0] == pytest.approx(-found.bias[1], abs=1e-4)
-
-
-def test_a_bias_is_weighed_as_training_weighs_rows() -> None:
-    """Every row twice, or weights of two: the same but for the prior, which counts rows."""
-    truth, probabilities = honest(400, classes=2)
-    weights = np.where(truth == 0, 3.0, 1.0)
-    thrice = np.concatenate([np.arange(400), np.flatnonzero(truth == 0), np.flatnonzero(truth == 0)])
-    weighed = bias_corrected(truth, probabilities, weights)
-    repeated = bias_corrected(truth[thrice], probabilities[thrice], np.ones(len(thrice)))
-    assert weighed.bias == pytest.approx(repeated.bias, abs=0.02)
-
-
-def test_what_calibration_did_can_be_undone() -> None:
-    _, probabilities = honest(50)
-    done = Calibration(1.7, (0.3, -0.4, 0.0))
-    assert np.allclose(done.undone(done(probabilities)), probabilities, atol=1e-9)
-    assert Calibration.of({"temperature": 1.7, "bias": [0.3, -0.4, 0.0]}) == done
-    assert Calibration.of({}) == Calibration()
-
-
-@pytest.mark.parametrize("done", [Calibration(1.7), Calibration(0.6, (0.3, -0.4, 0.0))])
-def test_a_calibrated_head_says_what_calibrated_probabilities_are(done: Calibration) -> None:
+def test_a_tempered_head_says_what_tempered_probabilities_are() -> None:
     chance = np.random.default_rng(1)
     d, k = 5, 3
     arrays = (chance.normal(size=(k, d)), chance.normal(size=k), chance.normal(size=d), np.ones(d))
     head = Head(*(array.astype(np.float32) for array in arrays))
     x = chance.normal(size=(50, d)).astype(np.float32)
-    assert np.allclose(head.calibrated(done).probabilities(x), done(head.probabilities(x)), atol=1e-6)
+    assert np.allclose(head.tempered(1.7).probabilities(x), tempered(head.probabilities(x), 1.7), atol=1e-6)
 
 
 def test_by_default_the_likeliest_class_is_named_and_always_one() -> None:
@@ -142,7 +100,7 @@ def test_of_three_classes_the_rare_one_is_named_more_often_where_every_class_cou
     chance = np.random.default_rng(4)
     truth = chance.choice(3, 6000, p=[0.6, 0.35, 0.05])
     logits = np.eye(3)[truth] * 1.2 + chance.normal(0, 1, (6000, 3)) + np.log([0.6, 0.35, 0.05])
-    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    probabilities = tempered(np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True), 1.0)
     rule = decision(truth[:3000], probabilities[:3000], list("abc"), Decide(metric="balanced_accuracy"))
     plain, chosen = (
         scores(truth[3000:], probabilities[3000:], named=named)["balanced_accuracy"]

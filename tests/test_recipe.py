@@ -164,7 +164,7 @@ def test_every_way_to_adapt_can_be_chosen() -> None:
 @pytest.mark.parametrize(
     ("train", "backbone", "rows"),
     [
-        ("method: fine_tune", "timm:resnet18", 50),
+        ("method: fine_tune", "timm:resnet18", 100),
         ("method: fine_tune", "transformers:bert", 0),
         ("{method: fine_tune, frozen_below: 8}", "timm:resnet18", 8),
         ("{method: fine_tune, head_first: false}", "timm:resnet18", 0),  # there is no head to keep

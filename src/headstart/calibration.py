@@ -1,7 +1,7 @@
 """Calibration: probabilities that mean what they say, and the label to name given them.
 
-Goes in: true classes and predicted probabilities of validation rows. Comes out: a ``Calibration``, and a
-``Decision``. Never reads a file.
+Goes in: true classes and predicted probabilities of validation rows. Comes out: a temperature, and a
+``Decision``. Never reads a file, and never changes which of two probabilities is the larger.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from headstart.metrics import TINY, Floats, Ints, scores
 from headstart.recipe import Decide
 
 COLDEST, HOTTEST = 0.05, 20.0
-TRUST = 1.0  # that nothing is biased, in rows of evidence: what a handful of rows has to overcome
 ROUNDS = 10  # of the search over classes; it settles in two or three
 
 
@@ -48,66 +47,9 @@ def temperature(truth: Ints, probabilities: Floats) -> float:
     return float(1 / found.x)
 
 
-def bias_corrected(truth: Ints, probabilities: Floats, weights: Floats) -> Calibration:
-    """A temperature, and a bias for each class, by which the true classes are likeliest.
-
-    Bias-corrected temperature scaling (Alexandari et al. 2020, arXiv:1901.06852), drawn towards changing
-    nothing by a normal prior, as the validation rows may be a handful. A network that was fine-tuned on few
-    rows puts them in a good order and still names one class too often; a temperature cannot mend that.
-
-    Args:
-        truth: int[n], positions of the true classes.
-        probabilities: float64[n, k], rows that sum to 1.
-        weights: float64[n], as in training: at least 0 with a positive sum.
-    """
-    from scipy.optimize import minimize
-    from scipy.special import log_softmax
-
-    logs = np.log(np.clip(probabilities, TINY, 1))
-    rows, k = np.arange(len(truth)), probabilities.shape[1]
-    count = weights * len(truth) / weights.sum()
-
-    def loss(point: Floats) -> tuple[float, Floats]:
-        inverse = np.exp(point[0])
-        answers = log_softmax(inverse * logs + point[1:], axis=1)
-        error = np.exp(answers)
-        error[rows, truth] -= 1
-        error *= count[:, None]
-        slope = TRUST * point
-        slope[0] += inverse * (error * logs).sum()
-        slope[1:] += error.sum(axis=0)
-        return float(TRUST / 2 * point @ point - count @ answers[rows, truth]), slope
-
-    reach = [(-np.log(HOTTEST), -np.log(COLDEST)), *[(None, None)] * k]
-    found = minimize(loss, np.zeros(1 + k), jac=True, method="L-BFGS-B", bounds=reach).x
-    return Calibration(float(np.exp(-found[0])), tuple(map(float, found[1:])))
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What is done to a model's logits: divided by a temperature, then a bias for each class is added."""
-
-    temperature: float = 1.0
-    bias: tuple[float, ...] | None = None  # without one, the larger of two probabilities stays the larger
-
-    @classmethod
-    def of(cls, described: dict[str, Any]) -> Calibration:
-        """What ``model.json`` says; of a model without these keys, nothing is done."""
-        bias = described.get("bias")
-        return cls(described.get("temperature", 1.0), None if bias is None else tuple(bias))
-
-    def __call__(self, probabilities: Floats) -> Floats:
-        """The probabilities, float64[n, k], of the logits so changed."""
-        logs = np.log(np.clip(probabilities, TINY, 1)) / self.temperature
-        return _normalised(logs if self.bias is None else logs + self.bias)
-
-    def undone(self, probabilities: Floats) -> Floats:
-        """The probabilities that it made these of."""
-        logs = np.log(np.clip(probabilities, TINY, 1))
-        return _normalised((logs if self.bias is None else logs - self.bias) * self.temperature)
-
-
-def _normalised(logs: Floats) -> Floats:
+def tempered(probabilities: Floats, heat: float) -> Floats:
+    """The probabilities, float64[n, k], of the same logits divided by ``heat``."""
+    logs = np.log(np.clip(probabilities, TINY, 1)) / heat
     raised = np.exp(logs - logs.max(axis=1, keepdims=True))
     result: Floats = raised / raised.sum(axis=1, keepdims=True)
     return result

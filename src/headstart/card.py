@@ -11,7 +11,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from headstart import evaluation, registry, sources
-from headstart.calibration import Calibration, Decision
+from headstart.calibration import Decision
 from headstart.layout import Layout
 from headstart.recipe import Recipe
 
@@ -147,10 +147,8 @@ def _method(recipe: Recipe, spec: dict[str, Any], model: dict[str, Any]) -> list
         words.append("The backbone was fine-tuned on the source domains first.")
     if "adaptation" in model:
         words.append(f"Adapted by `{model['adaptation']}`: {model['reason']}.")
-    if (calibration := Calibration.of(model)) != Calibration():
-        bias = " and a bias for each class" if calibration.bias else ""
-        by = f"by a temperature of {calibration.temperature:.2f}{bias}"
-        words.append(f"Probabilities are calibrated on validation rows, {by}.")
+    if (heat := model.get("temperature", 1.0)) != 1:
+        words.append(f"Probabilities are calibrated on validation rows, by a temperature of {heat:.2f}.")
     decision = Decision.of(model)
     if decision.costs != Decision.likeliest(len(model["classes"])).costs:
         words.append("It names the class that is expected to cost least, not always the likeliest.")

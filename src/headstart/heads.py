@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.calibration import Calibration
 from headstart.metrics import Floats, cross_entropy
 
 Singles = NDArray[np.float32]
@@ -47,11 +46,10 @@ class Head:
         """float64[n, k] of features [n, d]; each row sums to 1."""
         return np.exp(_log_softmax(self.logits(x)))
 
-    def calibrated(self, calibration: Calibration) -> Head:
-        """The head whose probabilities are these, calibrated."""
-        divisor = np.float32(calibration.temperature)
-        added = np.asarray(calibration.bias or 0, np.float32)
-        return replace(self, weight=self.weight / divisor, bias=self.bias / divisor + added)
+    def tempered(self, heat: float) -> Head:
+        """The head whose logits are these divided by ``heat``."""
+        divisor = np.float32(heat)
+        return replace(self, weight=self.weight / divisor, bias=self.bias / divisor)
 
     def save(self, path: Path) -> None:
         """Write the four arrays as safetensors."""

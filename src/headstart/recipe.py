@@ -235,8 +235,8 @@ class Train(Block):
     head_first: bool = True
     """Start from the head that fits the frozen features best, instead of a random one."""
     frozen_below: int | None = Field(default=None, ge=0)
-    """With fewer training rows of a class, keep that head and the frozen backbone; by default below 50 for
-    images and 0 for texts."""
+    """With fewer training rows of a class, keep that head and the frozen backbone; by default below
+    100 for images and 0 for texts."""
     epochs: int = Field(default=3, ge=1)
     """Passes over the training rows."""
     budget: float | None = Field(default=None, gt=0)
@@ -408,7 +408,7 @@ class Recipe(Block):
             return 0
         if train.frozen_below is not None:
             return train.frozen_below
-        return 50 if self.modality == "image" else 0
+        return 100 if self.modality == "image" else 0
 
     def training(self, **choices: Any) -> Recipe:
         """The same recipe with other choices in its ``train`` block."""

@@ -23,7 +23,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from headstart import card, evaluation, images, models, registry, sources
-from headstart.calibration import Calibration, Decision
+from headstart.calibration import Decision, tempered
 from headstart.errors import HeadstartError
 from headstart.layout import HIDDEN, Layout, written_whole
 from headstart.metrics import METRICS, Floats, Ints, calibration_bins, scores
@@ -407,12 +407,11 @@ def _points(x: NDArray[Any], y: NDArray[Any]) -> list[tuple[float, float]]:
 
 
 def _reliability(said: _Said) -> dict[str, Any]:
-    """The diagram before and after calibration, and what it did to the error and the log-loss."""
-    calibration = Calibration.of(said.model)
-    heat, done = calibration.temperature, calibration != Calibration()
+    """The diagram before and after the temperature, and what it did to the error and the log-loss."""
+    heat = said.model.get("temperature", 1.0)
     sides = {"after": said.probabilities}
-    if done:
-        sides = {"before": calibration.undone(said.probabilities)} | sides
+    if heat != 1:
+        sides = {"before": tempered(said.probabilities, 1 / heat)} | sides
     series = [Series("as good as its word", [(0, 0), (1, 1)], "guide")]
     for side, probabilities in sides.items():
         top = probabilities.max(axis=1)
@@ -421,7 +420,7 @@ def _reliability(said: _Said) -> dict[str, Any]:
             top=("top", "mean"), right=("right", "mean"), rows=("top", "size")
         )
         dots = (2 + 9 * np.sqrt(means["rows"] / len(table))).round(1).tolist()
-        name = {"before": "before calibration", "after": "after calibration"}[side] if done else "model"
+        name = {"before": "before calibration", "after": "after calibration"}[side] if heat != 1 else "model"
         look = "ink" if side == "before" else "s0"
         series.append(Series(name, _points(means["top"].to_numpy(), means["right"].to_numpy()), look, dots))
     lowest = min(1 / len(said.classes), *(y for s in series[1:] for _, y in s.points))
@@ -437,7 +436,7 @@ def _reliability(said: _Said) -> dict[str, Any]:
         Axis("share that is right", low, 1.0),
         series,
     )
-    return {"chart": chart, "heat": heat, "bias": calibration.bias is not None, "measured": measured}
+    return {"chart": chart, "heat": heat, "measured": measured}
 
 
 def _domains(said: _Said, verdict: dict[str, Any] | None) -> dict[str, Any]:

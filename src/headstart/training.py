@@ -19,7 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from headstart import launching, stamps
-from headstart.calibration import Calibration, Decision, bias_corrected, decision, temperature
+from headstart.calibration import Decision, decision, temperature, tempered
 from headstart.errors import HeadstartError
 from headstart.heads import Features, Head, select
 from headstart.layout import HIDDEN, Layout, sha256_of, written_whole
@@ -178,7 +178,7 @@ def fit(
     if source is None:
         return None
     if recipe.train.method != "domain_adaptation":
-        return Calibrated(source, _calibration(recipe.train, source, train, val))
+        return Calibrated(source, temperature(examples.truth[val], source.of_val))
     model = adapted(recipe.train, source, train, val, known)
     if not recipe.train.teach:
         return model
@@ -193,11 +193,11 @@ def source_of(
     With ``tune``, the features of its examples are those of the trained backbone.
     """
     if not recipe.train.trains_backbone:
-        return Frozen(examples, *fit_rows(examples, recipe.train, train, val))
+        return frozen_of(recipe, examples, train, val)
     fewest = int(np.bincount(examples.truth[train], minlength=len(examples.classes)).min())
     if fewest < recipe.frozen_below:
         log.info("%d training rows of a class are too few to tune the backbone: it stays frozen", fewest)
-        kept = Frozen(examples, *fit_rows(examples, recipe.train, train, val))
+        kept = frozen_of(recipe, examples, train, val)
         return kept if launching.first() else None
     tuning, frozen = begin(recipe, layout, examples, train, val, key=key)
     tuning.run()
@@ -208,6 +208,12 @@ def source_of(
     return tuned if tuning.accelerator.is_main_process else None
 
 
+def frozen_of(recipe: Recipe, examples: Examples, train: Rows, val: Rows) -> Frozen:
+    """The head that fits the frozen features of the rows ``train`` best, as the rows ``val`` judge."""
+    head, penalty, table = fit_rows(examples, recipe.train, train, val)
+    return Frozen(examples, head, penalty, table, head.probabilities(examples.features[val]))
+
+
 @dataclass(frozen=True)
 class Frozen:
     """Feature extraction: a head on the features of a backbone that stays as it is."""
@@ -216,6 +222,7 @@ class Frozen:
     head: Head
     penalty: float
     table: list[dict[str, float]]
+    of_val: Floats  # what it says of the validation rows
 
     @property
     def said(self) -> dict[str, Any]:
@@ -317,12 +324,12 @@ class Calibrated:
     """A model whose probabilities mean what they say, by what the validation rows showed."""
 
     model: Frozen | Tuned
-    calibration: Calibration
+    heat: float
 
     @property
     def said(self) -> dict[str, Any]:
-        """What the model tells, and the calibration."""
-        return self.model.said | asdict(self.calibration)
+        """What the model tells, and the temperature."""
+        return self.model.said | {"temperature": self.heat}
 
     @property
     def chosen(self) -> str:
@@ -331,27 +338,14 @@ class Calibrated:
 
     def probabilities(self, rows: Rows) -> Floats:
         """float64 [rows, classes]."""
-        return self.calibration(self.model.probabilities(rows))
+        return tempered(self.model.probabilities(rows), self.heat)
 
     def publish(self, folder: Path, rows: Rows) -> Floats:
-        """Write what the model writes, the calibration within its head."""
-        found = self.calibration(self.model.publish(folder, rows))
+        """Write what the model writes, the temperature within its head."""
+        found = self.model.publish(folder, rows)
         path = folder / "head.safetensors"
-        Head.load(path).calibrated(self.calibration).save(path)
-        return found
-
-
-def _calibration(choices: Train, model: Frozen | Tuned, train: Rows, val: Rows) -> Calibration:
-    """The calibration that the validation rows ask for.
-
-    A head on frozen features is fitted to convergence, so its biases are right already; a handful of
-    validation rows would only disturb them.
-    """
-    truth = model.examples.truth[val]
-    if isinstance(model, Frozen):
-        return Calibration(temperature(truth, model.probabilities(val)))
-    weights = labels(model.examples, choices, train)[1]
-    return bias_corrected(truth, model.of_val, weights[val])
+        Head.load(path).tempered(self.heat).save(path)
+        return tempered(found, self.heat)
 
 
 @dataclass(frozen=True)
@@ -532,7 +526,7 @@ def begin(
 
     frozen = None
     if recipe.train.head_first:
-        frozen = Frozen(examples, *fit_rows(examples, recipe.train, train, val))
+        frozen = frozen_of(recipe, examples, train, val)
     else:
         _checked(examples, train, val)
     head = frozen.head if frozen else None
