@@ -26,7 +26,7 @@ demo: $(READY) ## run both example recipes, from raw data to registered models
 
 test: $(READY) ## run all tests: fast ones first, then slow ones
 	pytest -m "not slow" -n 2
-	pytest -m slow -n 2 --dist loadfile
+	pytest -m slow -n 2 --dist loadfile --durations 20
 
 test-fast: $(READY) ## run the fast tests only
 	pytest -m "not slow" -n 2

@@ -249,7 +249,7 @@ def opened(path: Path) -> MlflowClient:
     return promotion.opened()
 
 
-ROUNDS, PROCESSES = int(os.environ.get("HEADSTART_ROUNDS", "10")), 8
+ROUNDS, PROCESSES = int(os.environ.get("HEADSTART_ROUNDS", "4")), 8
 
 
 def promote_in_turns(uri: str, version: str, barrier: Any) -> None:

@@ -205,7 +205,8 @@ def child(work, *given):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-for step in range(100):
+# All writes take minutes: HEADSTART_EVERY=1 tries each, by default every third is.
+for step in [0, *range(1, 200, int(os.environ.get("HEADSTART_EVERY", "3")))]:
     path = root / f"{step}.db"
     path.write_bytes(start.read_bytes())
     ended = child(go, path, step)
@@ -227,7 +228,7 @@ def test_killed_at_any_write_registering_and_promoting_again_end_as_if_undisturb
     (project.root / "kill.py").write_text(SCRIPT)
     printed = project.ok("python", "kill.py").strip().splitlines()
     *states, steps = [line for line in printed if line.startswith("[") or line.isdecimal()]
-    assert int(steps) > 10
-    assert len(states) == int(steps)
+    assert int(steps) > 20  # writes, and so far
+    assert len(states) > 7
     assert json.loads(states[0])[0] == {"candidate": 2, "champion": 2, "challenger": 1}
     assert set(states) == {states[0]}
