@@ -1,8 +1,9 @@
-"""Retrain one recipe: ingest, every stage that DVC finds stale, register, promote what is better, report.
+"""Retrain one recipe: take in what is new, run what is stale, register, promote what is better, report.
 
-Goes in: a recipe's name. Comes out: a line that says what happened, how good the model is and
-where to look. The order of the stages is read from ``dvc.yaml``; a fresh stage costs nothing,
-not even a task run.
+Goes in: a recipe's name, and why. Comes out: a line that says what happened, how good the model is and
+where to look. New batches are compared with what the champion knows before anything is learned from them.
+The order of the stages is read from ``dvc.yaml``; a fresh stage costs nothing, not even a task run, and a
+run that finds nothing to do ends as Skipped.
 """
 
 from __future__ import annotations
@@ -10,11 +11,16 @@ from __future__ import annotations
 import importlib
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
+from prefect.states import Completed, State
+from tasks.monitor import monitor
+from tasks.receive import receive
 
 from flows.logs import in_words
 from headstart import environment
@@ -30,81 +36,114 @@ from tasks.register import register
 from tasks.report import report
 from tasks.stage import StageTask
 
+ASKED = "asked for"  # the reason of a run that somebody started
+
 
 @dataclass(frozen=True)
 class Outcome:
     """What a retraining did; as text, the last line that a run prints."""
 
     recipe: str
+    reason: str
     steps: dict[str, str]
     quality: str
     registered: Registered
     decided: Decided
     page: Path
 
+    @property
+    def skipped(self) -> bool:
+        """Whether there was nothing to do."""
+        return set(self.steps.values()) == {"fresh"}
+
     def __str__(self) -> str:
         done = [f"{name} {state}" for name, state in self.steps.items() if state != "fresh"]
+        why = "" if self.reason == ASKED else f" ({self.reason})"
         return (
-            f"{self.recipe}: {', '.join(done) or 'nothing changed, nothing done'}; {self.quality}; "
+            f"{self.recipe}{why}: {', '.join(done) or 'nothing changed, nothing done'}; {self.quality}; "
             f"{self.registered}; {self.decided}; see {self.page}"
         )
+
+
+@dataclass
+class Step:
+    """One step of a run: what became of it, and the seconds that took."""
+
+    name: str
+    outcome: str = "fresh"
+    seconds: float = 0.0
+
+
+@contextmanager
+def timed(steps: list[Step], name: str) -> Iterator[Step]:
+    """One more step, which ends with the block."""
+    steps.append(step := Step(name))
+    start = time.monotonic()
+    yield step
+    step.seconds = time.monotonic() - start
 
 
 in_words()
 
 
 @flow(name="retrain", flow_run_name="retrain {recipe}", persist_result=False, retries=0)
-def retrain(recipe: str) -> Outcome:
-    """Bring one recipe up to date, from its source to the model registry.
+def retrain(recipe: str, reason: str = ASKED, force: bool = False) -> State[Outcome]:
+    """Bring one recipe up to date, from its source and its inbox to the model registry.
 
     Args:
         recipe: the stem of a file in ``recipes/``.
+        reason: why it runs now; kept with the version that comes of it.
+        force: run every stage, stale or not.
+
+    Returns:
+        Completed, or Skipped if there was nothing to do; with the outcome.
 
     Raises:
         HeadstartError: the error of the step that failed; what ran before it is kept.
     """
     root = environment.project_root()
     environment.prepare(root)
-    log = get_run_logger().info
     chosen, layout = load(root / "recipes" / f"{recipe}.yaml"), Layout(root, recipe)
+    steps: list[Step] = []
 
-    steps, seconds = {}, {}
-    start = time.monotonic()
-    steps["ingest"] = ingest(chosen, layout)
-    seconds["ingest"] = time.monotonic() - start
+    with timed(steps, "ingest") as step:
+        step.outcome = ingest(chosen, layout)
+    with timed(steps, "receive") as step:
+        received = receive(chosen, layout)
+        step.outcome = "ran" if received.names else "fresh"
+    if received.names:
+        with timed(steps, "monitor") as step:
+            drift = monitor(chosen, layout)
+            step.outcome = "ran" if drift else "fresh"
+        if drift and drift.alarm:
+            reason = f"{reason}; {drift.words}"
     for stage in versioning.order(root, recipe):
-        start = time.monotonic()
-        if versioning.is_fresh(root, f"{stage}@{recipe}"):
-            log(f"{stage} is up to date")
-            steps[stage] = "fresh"
-        else:
-            step: StageTask = getattr(importlib.import_module(f"tasks.{stage}"), stage)
-            steps[stage] = step(layout)
-        seconds[stage] = time.monotonic() - start
-    start = time.monotonic()
-    registered = register(chosen, layout)
-    steps["register"] = "ran" if registered.new else "fresh"
-    seconds["register"] = time.monotonic() - start
-    start = time.monotonic()
-    decided = promote(chosen, layout, registered.version)
-    steps["promote"] = "ran" if decided.new else "fresh"
-    seconds["promote"] = time.monotonic() - start
-    start = time.monotonic()
+        with timed(steps, stage) as step:
+            if not force and versioning.is_fresh(root, f"{stage}@{recipe}"):
+                get_run_logger().info(f"{stage} is up to date")
+            else:
+                run: StageTask = getattr(importlib.import_module(f"tasks.{stage}"), stage)
+                step.outcome = run(layout, force)
+    with timed(steps, "register") as step:
+        registered = register(chosen, layout, reason)
+        step.outcome = "ran" if registered.new else "fresh"
+    with timed(steps, "promote") as step:
+        decided = promote(chosen, layout, registered.version)
+        step.outcome = "ran" if decided.new else "fresh"
     page = layout.report / "report.html"
-    steps["report"] = "fresh"
-    if not page.exists() or set(steps.values()) != {"fresh"}:
-        report(chosen, layout, decided)
-        steps["report"] = "ran"
-    seconds["report"] = time.monotonic() - start
+    with timed(steps, "report") as step:
+        if not page.exists() or any(step.outcome != "fresh" for step in steps):
+            report(chosen, layout, decided)
+            step.outcome = "ran"
 
     metrics = json.loads((layout.evidence / "metrics.json").read_text(encoding="utf-8"))
-    outcome = Outcome(recipe, steps, headline(metrics), registered, decided, page)
+    done = {step.name: step.outcome for step in steps}
+    outcome = Outcome(recipe, reason, done, headline(metrics), registered, decided, page)
     create_table_artifact(
         key=f"retrain-{recipe}",
         table=[
-            {"step": name, "outcome": state, "seconds": f"{seconds[name]:.1f}"}
-            for name, state in steps.items()
+            {"step": step.name, "outcome": step.outcome, "seconds": f"{step.seconds:.1f}"} for step in steps
         ],
         description=str(outcome),
     )
-    return outcome
+    return Completed(name="Skipped" if outcome.skipped else None, message=str(outcome), data=outcome)

@@ -8,6 +8,7 @@ from prefect.cache_policies import NO_CACHE
 from headstart import trials
 from headstart.layout import Layout
 from headstart.recipe import Recipe
+from tasks.events import emit
 from tasks.stage import PATIENT
 
 
@@ -22,4 +23,13 @@ def promote(recipe: Recipe, layout: Layout, version: str) -> trials.Decided:
     """Judge a version against the champion; what has been judged before is not judged again."""
     decided = trials.decide(recipe, layout, version)
     get_run_logger().info(str(decided))
+    if decided.new:
+        promoted = decided.champion == decided.version
+        emit(
+            "headstart.model.promoted" if promoted else "headstart.gate.refused",
+            recipe.name,
+            reason=str(decided),
+            model=decided.name,
+            version=decided.version,
+        )
     return decided

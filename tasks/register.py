@@ -18,8 +18,8 @@ from tasks.stage import PATIENT
     persist_result=False,
     **PATIENT,
 )
-def register(recipe: Recipe, layout: Layout) -> registry.Registered:
+def register(recipe: Recipe, layout: Layout, reason: str) -> registry.Registered:
     """Register under alias ``candidate``; the same model a second time is the same version."""
-    registered = registry.register(recipe, layout)
+    registered = registry.register(recipe, layout, reason)
     get_run_logger().info(str(registered))
     return registered

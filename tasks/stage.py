@@ -14,7 +14,7 @@ from headstart.errors import HeadstartError
 from headstart.layout import Layout
 from tasks import versioning
 
-StageTask = Task[[Layout], versioning.Outcome]
+StageTask = Task[[Layout, bool], versioning.Outcome]
 
 
 def stage_task(stage: str, **options: Any) -> StageTask:
@@ -23,11 +23,11 @@ def stage_task(stage: str, **options: Any) -> StageTask:
     Prefect's cache stays off: its keys know a task's arguments, never its output files. DVC knows.
     """
 
-    def run(layout: Layout) -> versioning.Outcome:
-        return versioning.reproduce(layout.root, stage, layout.recipe, get_run_logger().info)
+    def run(layout: Layout, force: bool) -> versioning.Outcome:
+        return versioning.reproduce(layout.root, stage, layout.recipe, get_run_logger().info, force)
 
     run.__name__ = stage
-    decorate: Callable[[Callable[[Layout], versioning.Outcome]], StageTask] = task(
+    decorate: Callable[[Callable[[Layout, bool], versioning.Outcome]], StageTask] = task(
         name=stage, task_run_name=stage, cache_policy=NO_CACHE, persist_result=False, **options
     )
     return decorate(run)

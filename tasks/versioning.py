@@ -63,8 +63,12 @@ def is_fresh(root: Path, target: str) -> bool:
         return not repo.status(targets=[target])
 
 
-def reproduce(root: Path, stage: str, recipe: str, log: Callable[[str], None]) -> Outcome:
+def reproduce(
+    root: Path, stage: str, recipe: str, log: Callable[[str], None], force: bool = False
+) -> Outcome:
     """Run one stage as ``dvc repro --single-item``, its output passed on to ``log`` line by line.
+
+    With ``force`` it runs even if DVC knows what comes out of it.
 
     Progress bars go straight to the terminal. Returns whether the stage ran or its result was
     restored from DVC's cache.
@@ -75,7 +79,8 @@ def reproduce(root: Path, stage: str, recipe: str, log: Callable[[str], None]) -
     with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
         error_file = Path(folder) / "error.json"
         environment = os.environ | {ERROR_FILE: str(error_file)}
-        lines = _dvc(root, ["repro", "--single-item", f"{stage}@{recipe}"], log, environment, error_file)
+        command = ["repro", "--single-item", *(["--force"] if force else []), f"{stage}@{recipe}"]
+        lines = _dvc(root, command, log, environment, error_file)
     restored = any("is cached - skipping run" in line for line in lines)
     return "restored" if restored else "ran"
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from headstart.adapters import modules, read
+from headstart.adapters import NO_LABEL, modules, read
 from headstart.errors import HeadstartError
 from headstart.recipe import Validate
 
@@ -279,13 +279,15 @@ def test_solar_modules_are_runs_of_one_type_in_blocks_of_60_or_whole() -> None:
 
 
 def test_solar_cells_keep_the_raters_doubt_as_confidence_and_weight(tmp_path: Path) -> None:
-    listed = ["1.0", "0.6666666666666666", "0.3333333333333333", "0.0"]
+    listed = ["1.0", "0.6666666666666666", "0.3333333333333333", "0.0", "?"]
     lines = [f"images/{i}.png  {p}   mono" for i, p in enumerate(listed)]
     (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
     frame = read(tmp_path, Validate(adapter="elpv"))
-    assert list(frame["label"]) == ["defective", "defective", "functional", "functional"]
-    assert list(frame["confidence"]) == pytest.approx([1, 2 / 3, 2 / 3, 1])
-    assert list(frame["weight"]) == [1, 0.67, 0.33, 1]
+    assert list(frame["label"][:4]) == ["defective", "defective", "functional", "functional"]
+    assert list(frame["confidence"]) == pytest.approx([1, 2 / 3, 2 / 3, 1, 1])
+    assert list(frame["weight"]) == [1, 0.67, 0.33, 1, 1]
+    assert list(frame["left_out"]) == [None] * 4 + [NO_LABEL]  # nobody rated it
+    assert pd.isna(frame["label"][4])
     assert set(frame["domain"]) == {"mono"}
 
 

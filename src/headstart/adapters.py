@@ -275,19 +275,21 @@ def elpv(raw: Path, options: Validate) -> pd.DataFrame:
 
     A cell with a defect probability of 1/3 is functional with confidence 2/3. Weights are the
     paper's: 1, 0.33, 0.67, 1 for probabilities 0, 1/3, 2/3, 1. The 44 modules are not named, but cells
-    of one module stand next to each other in the list.
+    of one module stand next to each other in the list. A cell that was not rated has ``?`` for a probability.
     """
     file = raw / "labels.csv"
     if not file.is_file():
         raise HeadstartError("labels.csv is missing", where=str(raw), do="ingest it again")
-    listed = pd.read_csv(file, sep=r"\s+", header=None, names=["path", "defect", "type"])
-    defective = listed["defect"] >= 0.5
+    names = ["path", "defect", "type"]
+    listed = pd.read_csv(file, sep=r"\s+", header=None, names=names, na_values="?")
+    defective, rated = listed["defect"] >= 0.5, listed["defect"].notna()
     return pd.DataFrame(
         {
             "path": listed["path"],
-            "label": defective.map({True: "defective", False: "functional"}),
-            "confidence": listed["defect"].where(defective, 1 - listed["defect"]),
-            "weight": listed["defect"].map(lambda p: 1.0 if p in (0.0, 1.0) else round(p, 2)),
+            "label": defective.map({True: "defective", False: "functional"}).where(rated, None),
+            "confidence": listed["defect"].where(defective, 1 - listed["defect"]).fillna(1.0),
+            "weight": listed["defect"].map(lambda p: round(p, 2) if 0 < p < 1 else 1.0),
+            "left_out": rated.map({True: None, False: NO_LABEL}),
             "domain": listed["type"],
             "group": modules(listed["type"]),
         }

@@ -95,8 +95,9 @@ def _log_plainly() -> None:
 @app.command()
 def run(
     recipes: Annotated[list[Path], typer.Argument(help="One or more recipes, run in turn.")],
+    force: Annotated[bool, typer.Option("--force", help="Run every stage, stale or not.")] = False,
 ) -> None:
-    """From raw data to a registered model: ingest, every stage that is stale, register.
+    """From raw data to a judged model: take in new data, run what is stale, register, promote, report.
 
     What is already up to date is not done again.
     """
@@ -110,7 +111,7 @@ def run(
     meanwhile = threading.Timer(1, importlib.import_module, ["mlflow.store.tracking.sqlalchemy_store"])
     meanwhile.daemon = True
     meanwhile.start()
-    outcomes = [retrain(recipe=chosen.name) for chosen, _ in opened]
+    outcomes = [retrain(recipe=chosen.name, force=force) for chosen, _ in opened]
     logging.getLogger("prefect").setLevel("WARNING")  # the outcome is the last line, not a server's farewell
     for outcome in outcomes:
         print(outcome)

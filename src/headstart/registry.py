@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from headstart import models, promotion, sources, stamps
+from headstart import batches, models, promotion, sources, stamps
 from headstart.errors import HeadstartError
 from headstart.layout import Layout, sha256_of
 from headstart.promotion import CANDIDATE
@@ -55,8 +55,13 @@ class Registered:
         return f"{verb} {self.name} version {self.version} ({CANDIDATE}) in {self.uri}"
 
 
-def register(recipe: Recipe, layout: Layout) -> Registered:
+def register(recipe: Recipe, layout: Layout, reason: str = "") -> Registered:
     """Log the run and register its model under ``candidate``; the same model twice is one version.
+
+    Args:
+        recipe: how the model was made.
+        layout: where it lies.
+        reason: why it was made, kept with a new version.
 
     Raises:
         HeadstartError: the model's stamps do not match the tree, or the store cannot be reached.
@@ -80,7 +85,7 @@ def register(recipe: Recipe, layout: Layout) -> Registered:
         with promotion.locked(name):
             existing = _find(client, name, digest)
             _clear(client, layout, digest, existing.run_id if existing else None)
-            number = str(existing.version) if existing else _log_run(recipe, layout, model, digest)
+            number = str(existing.version) if existing else _log_run(recipe, layout, model, digest, reason)
             if promotion.aliases(client, name).get(CANDIDATE) != number:
                 client.set_registered_model_alias(name, CANDIDATE, number)
         return Registered(name, number, store, new=existing is None)
@@ -155,12 +160,12 @@ def _clear(client: MlflowClient, layout: Layout, digest: str, kept: str | None) 
             client.delete_run(run.info.run_id)
 
 
-def _log_run(recipe: Recipe, layout: Layout, model: dict[str, Any], digest: str) -> str:
+def _log_run(recipe: Recipe, layout: Layout, model: dict[str, Any], digest: str, reason: str) -> str:
     import mlflow
 
     mlflow.set_experiment(layout.recipe)
     metrics = json.loads((layout.evidence / "metrics.json").read_text(encoding="utf-8"))
-    tags = lineage(layout, model) | {"headstart.digest": digest}
+    tags = lineage(layout, model) | {"headstart.digest": digest, "headstart.reason": reason}
     # The tags come with the run and with the version: what lacks them was cut short before it was anything.
     with mlflow.start_run(run_name=f"{recipe.train.method} {digest[:8]}", tags=tags) as run:
         choices = _flat(recipe.model_dump(mode="json", by_alias=True))
@@ -268,6 +273,7 @@ def lineage(layout: Layout, model: dict[str, Any]) -> dict[str, str]:
     tags = {f"headstart.{key}": value for key, value in stamped.items()}
     tags["headstart.git_commit"] = _git(layout.root, "rev-parse", "HEAD")
     tags["headstart.git_dirty"] = str(bool(_git(layout.root, "status", "--porcelain"))).lower()
+    tags["headstart.batches"] = json.dumps(batches.names(layout))
     pointer = layout.root / "data.dvc"
     if pointer.exists():
         tags["headstart.dvc_data"] = yaml.safe_load(pointer.read_text(encoding="utf-8"))["outs"][0]["md5"]
