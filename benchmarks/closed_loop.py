@@ -73,7 +73,7 @@ def cells(project: Path) -> None:
     columns = ["path", "defect", "type"]
     listed = pd.read_csv(raw / "labels.csv", sep=r"\s+", header=None, names=columns, dtype=str)
     many = listed["type"] == "poly"
-    hidden = listed[many].assign(defect="?")
+    hidden = listed[many].assign(defect="nan")
     for rows, folder in ((listed[~many], project / "known"), (hidden, inbox / BATCH)):
         (folder / "images").mkdir(parents=True)
         for path in rows["path"]:

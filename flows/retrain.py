@@ -109,9 +109,9 @@ def retrain(recipe: str, reason: str = ASKED, force: bool = False) -> State[Outc
     with timed(steps, "ingest") as step:
         step.outcome = ingest(chosen, layout)
     with timed(steps, "receive") as step:
-        received = receive(chosen, layout)
-        step.outcome = "ran" if received.names else "fresh"
-    if received.names:
+        received = receive(chosen, layout, wait=reason == ASKED)  # a person would only have to come again
+        step.outcome = "ran" if received.accepted else "rejected" if received.rejected else "fresh"
+    if received.accepted:
         with timed(steps, "monitor") as step:
             drift = monitor(chosen, layout)
             step.outcome = "ran" if drift else "fresh"

@@ -279,7 +279,7 @@ def test_solar_modules_are_runs_of_one_type_in_blocks_of_60_or_whole() -> None:
 
 
 def test_solar_cells_keep_the_raters_doubt_as_confidence_and_weight(tmp_path: Path) -> None:
-    listed = ["1.0", "0.6666666666666666", "0.3333333333333333", "0.0", "?"]
+    listed = ["1.0", "0.6666666666666666", "0.3333333333333333", "0.0", "nan"]
     lines = [f"images/{i}.png  {p}   mono" for i, p in enumerate(listed)]
     (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
     frame = read(tmp_path, Validate(adapter="elpv"))

@@ -127,6 +127,7 @@ def train(recipe: Recipe, layout: Layout) -> None:
             "method": recipe.train.method,
             "classes": examples.classes,
             **fitted.said,
+            **(_unadapted(recipe) if not isinstance(fitted, Adapted) else {}),
             "decision": asdict(rule),
             "stamps": stamped,
         }
@@ -152,10 +153,20 @@ def _rule(choices: Train, examples: Examples, held_out: Rows, probabilities: Flo
     return decision(examples.truth[held_out[val]], probabilities[val], examples.classes, choices.decide)
 
 
+def _unadapted(recipe: Recipe) -> dict[str, Any]:
+    """What model.json tells of a model that should be adapted, and could not be yet."""
+    if recipe.train.method != "domain_adaptation":
+        return {}
+    reason = f"no row of {recipe.validate_.target_domain} has come yet, so there was nothing to adapt to"
+    return {"adaptation": None, "reason": reason}
+
+
 def fit(
     recipe: Recipe, layout: Layout, examples: Examples, train: Rows, val: Rows, *, key: str | None = None
 ) -> Fitted | None:
     """The model that the recipe's method builds from the rows ``train``, with what the rows ``val`` choose.
+
+    Domain adaptation without any row of its target is the source's model.
 
     Args:
         recipe: its ``train`` block says how.
@@ -171,13 +182,12 @@ def fit(
     Raises:
         HeadstartError: as for ``train``.
     """
-    domain = recipe.validate_.target_domain
-    few = (examples.manifest["domain"] == domain).to_numpy()[train]
-    train, known = train[~few], train[few]
+    of_target = (examples.manifest["domain"] == recipe.validate_.target_domain).to_numpy()
+    train, known = train[~of_target[train]], train[of_target[train]]
     source = source_of(recipe, layout, examples, train, val, key=key)
     if source is None:
         return None
-    if recipe.train.method != "domain_adaptation":
+    if not of_target.any():
         return Calibrated(source, temperature(examples.truth[val], source.of_val))
     model = adapted(recipe.train, source, train, val, known)
     if not recipe.train.teach:
