@@ -26,6 +26,7 @@ from headstart.trials import Decided
 from tasks import versioning
 from tasks.ingest import ingest
 from tasks.promote import promote
+from tasks.recovery import recoverable
 from tasks.register import register
 from tasks.report import report
 from tasks.stage import StageTask
@@ -54,18 +55,25 @@ in_words()
 
 
 @flow(name="retrain", flow_run_name="retrain {recipe}", persist_result=False, retries=0)
-def retrain(recipe: str) -> Outcome:
+def retrain(recipe: str, reason: str = "asked for") -> Outcome:
     """Bring one recipe up to date, from its source to the model registry.
 
     Args:
         recipe: the stem of a file in ``recipes/``.
+        reason: why, for the log.
 
     Raises:
         HeadstartError: the error of the step that failed; what ran before it is kept.
     """
     root = environment.project_root()
     environment.prepare(root)
+    with recoverable(root):
+        return _retrain(root, recipe, reason)
+
+
+def _retrain(root: Path, recipe: str, reason: str) -> Outcome:
     log = get_run_logger().info
+    log(f"why: {reason}")
     chosen, layout = load(root / "recipes" / f"{recipe}.yaml"), Layout(root, recipe)
 
     steps, seconds = {}, {}
