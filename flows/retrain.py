@@ -20,7 +20,6 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.states import Completed, State
 from tasks.monitor import monitor
-from tasks.receive import receive
 
 from flows.logs import in_words
 from headstart import environment
@@ -32,6 +31,8 @@ from headstart.trials import Decided
 from tasks import versioning
 from tasks.ingest import ingest
 from tasks.promote import promote
+from tasks.receive import receive
+from tasks.recovery import recoverable
 from tasks.register import register
 from tasks.report import report
 from tasks.stage import StageTask
@@ -103,6 +104,11 @@ def retrain(recipe: str, reason: str = ASKED, force: bool = False) -> State[Outc
     """
     root = environment.project_root()
     environment.prepare(root)
+    with recoverable(root):
+        return _retrain(root, recipe, reason, force)
+
+
+def _retrain(root: Path, recipe: str, reason: str, force: bool) -> State[Outcome]:
     chosen, layout = load(root / "recipes" / f"{recipe}.yaml"), Layout(root, recipe)
     steps: list[Step] = []
 

@@ -14,6 +14,7 @@ from prefect.artifacts import create_table_artifact
 
 from flows.logs import in_words
 from headstart import environment
+from tasks.recovery import recoverable
 
 in_words()
 
@@ -31,7 +32,13 @@ def score(model: str, inputs: list[str], output: str, version: str = "champion")
     Raises:
         HeadstartError: as of ``scoring.score`` and ``models.load``; the output is as it was.
     """
-    environment.prepare(environment.project_root())
+    root = environment.project_root()
+    environment.prepare(root)
+    with recoverable(root):
+        return _score(model, inputs, output, version)
+
+
+def _score(model: str, inputs: list[str], output: str, version: str) -> str:
     from headstart import models, scoring
 
     loaded = models.load(model, version)

@@ -6,6 +6,8 @@ something new and complete. Takes nothing: that is receiving's.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from prefect import flow, get_run_logger
 
 from flows.logs import in_words
@@ -13,6 +15,7 @@ from headstart import environment, inbox
 from headstart.layout import Layout
 from headstart.recipe import load
 from tasks.events import emit
+from tasks.recovery import recoverable
 
 in_words()
 
@@ -29,6 +32,11 @@ def watch(recipe: str) -> str:
     """
     root = environment.project_root()
     environment.prepare(root)
+    with recoverable(root):
+        return _watch(root, recipe)
+
+
+def _watch(root: Path, recipe: str) -> str:
     chosen, layout = load(root / "recipes" / f"{recipe}.yaml"), Layout(root, recipe)
     arrivals = inbox.look(chosen, layout)
     ready = [arrival.name for arrival in arrivals if not arrival.waits]

@@ -403,6 +403,34 @@ def serve(
 
 
 @app.command()
+def up(
+    port: Annotated[int, typer.Option(help="Prefect's, for its page and for runs.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="MLflow's.")] = 5000,
+) -> None:
+    """Run everything by itself, on this machine: Prefect, MLflow, the deployments and a worker."""
+    from headstart import stack
+
+    root = environment.project_root()
+    environment.prepare(root)
+    stack.up(root, port, mlflow_port, lambda line: print(line, flush=True))
+
+
+@app.command()
+def deploy(
+    notify: Annotated[
+        str, typer.Option(help="Whom to tell of decisions and failures: an Apprise address, or a webhook.")
+    ] = "",
+) -> None:
+    """Set up what prefect.yaml describes on the configured Prefect server; as often as you like."""
+    root = environment.project_root()
+    environment.prepare(root)
+    os.chdir(root)
+    from tasks.deployments import deploy as set_up
+
+    set_up(root, notify, print)
+
+
+@app.command()
 def report(recipe: RecipePath) -> None:
     """Write the report and the model card of what is in the tree now: one page that needs no network."""
     from headstart import registry, report, trials

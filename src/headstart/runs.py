@@ -1,0 +1,89 @@
+"""Runs in progress: which process does the work of each flow run, written down while it lasts.
+
+Goes in: a flow run's id. Comes out: a file for each run in progress, and, after a crash, the runs whose
+process is gone. Never asks a server, and never decides what becomes of a dead run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """A flow run and the process that does its work.
+
+    Args:
+        id: the flow run's.
+        server: the API it is recorded on, "" for a server of the run's own.
+        host: the machine's name.
+        process: the process's number.
+        started: when the process started, because numbers are given out again.
+    """
+
+    id: str
+    server: str
+    host: str
+    process: int
+    started: float
+
+    def dead(self) -> bool:
+        """Whether its process is gone; of another machine's nothing is known."""
+        return self.host == socket.gethostname() and _started(self.process) != self.started
+
+
+def folder(root: Path) -> Path:
+    """Where a project's runs in progress are written down."""
+    return root / ".headstart" / "runs"
+
+
+@contextmanager
+def in_progress(root: Path, run: str, server: str = "") -> Iterator[None]:
+    """Write down that this process works on a run.
+
+    The note goes when the block ends, well or with an error. It stays when the process is ended from
+    outside, by a signal that can be caught or by one that cannot.
+    """
+    this = Run(run, server, socket.gethostname(), os.getpid(), _started(os.getpid()) or 0.0)
+    note = folder(root) / f"{run}.json"
+    note.parent.mkdir(parents=True, exist_ok=True)
+    partial = note.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(this)) + "\n", encoding="utf-8")
+    partial.replace(note)
+    try:
+        yield
+    except Exception:
+        note.unlink(missing_ok=True)
+        raise
+    note.unlink(missing_ok=True)
+
+
+def known(root: Path) -> list[Run]:
+    """Every run that is written down, dead or alive."""
+    found = []
+    for note in sorted(folder(root).glob("*.json")):
+        with suppress(FileNotFoundError):  # it ended meanwhile
+            found.append(Run(**json.loads(note.read_text(encoding="utf-8"))))
+    return found
+
+
+def forget(root: Path, run: Run) -> None:
+    """Take back a note, once it is settled what becomes of the run."""
+    (folder(root) / f"{run.id}.json").unlink(missing_ok=True)
+
+
+def _started(process: int) -> float | None:
+    """When a process started, in seconds since 1970, or None if there is none."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        found = psutil.Process(process)
+        if found.status() != psutil.STATUS_ZOMBIE:
+            return float(found.create_time())
+    return None
