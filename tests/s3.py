@@ -30,6 +30,9 @@ def s3(folder: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
         "s3.port.lance": "0",
         "webdav": "false",
         "admin.ui": "false",
+        # Its sockets stand in /tmp otherwise, and stay there.
+        "filer.localSocket": str(folder / "filer.sock"),
+        "s3.localSocket": str(folder / "s3.sock"),
         "bucket": BUCKET,
         **{name: str(port) for name, port in ports.items()},
     }

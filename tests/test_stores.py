@@ -68,8 +68,13 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stores]:
                 log=folder / "mlflow.log",
             )
         )
+        import time
+
+        t = time.time()
         answers(f"http://127.0.0.1:{mlflow}/health", PATIENCE)
+        print("mlflow up", time.time() - t)
         answers(f"http://127.0.0.1:{prefect}/api/health", PATIENCE)
+        print("prefect up", time.time() - t)
         client = plain | {
             "PREFECT_API_URL": f"http://127.0.0.1:{prefect}/api",
             "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow}",
@@ -102,8 +107,12 @@ def pulled(stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 def test_it(stores: Stores, tmp_path: Path) -> None:
     import time
-    t=time.time()
-    def say(x): print(x, round(time.time()-t,1), flush=True)
+
+    t = time.time()
+
+    def say(x):
+        print(x, round(time.time() - t, 1), flush=True)
+
     shared = tmp_path / "shared"
     first = clone(tmp_path / "first", stores.client | stores.objects)
     examples.write_texts(shared / "moods.csv")
@@ -115,17 +124,24 @@ def test_it(stores: Stores, tmp_path: Path) -> None:
         fetch={"backbone": "transformers:bert", "source": f"file:{shared}/bert"},
     )
     say("clone")
-    print(first.ok("headstart", "run", "recipes/moods.yaml")); say("run")
+    print(first.ok("headstart", "run", "recipes/moods.yaml"))
+    say("run")
     first.ok("dvc", "remote", "add", "-d", "store", f"s3://{BUCKET}/dvc")
-    print(first.ok("dvc", "push")); say("push")
+    print(first.ok("dvc", "push"))
+    say("push")
     first.ok("git", "add", "--all")
     first.ok("git", "commit", "--quiet", "--message", "trained")
     print(first.ok("git", "status", "--short", "--ignored"))
     first.ok("git", "clone", "--quiet", str(first.root), str(tmp_path / "second"))
     second = Project(tmp_path / "second", first.environment | {"HEADSTART_CACHE": str(tmp_path / "cache2")})
-    print(second.ok("dvc", "pull")); say("pull")
-    done=second("headstart", "run", "recipes/moods.yaml"); print(done.stdout, done.stderr); say("run2")
+    print(second.ok("dvc", "pull"))
+    say("pull")
+    done = second("headstart", "run", "recipes/moods.yaml")
+    print(done.stdout, done.stderr)
+    say("run2")
     (second.root / "some.txt").write_text("the lamp was splendid\n")
     print(second("headstart", "predict", "--help").stdout)
-    done=second("headstart", "predict", "moods", "some.txt", "-o", "out.csv"); print(done.stdout, done.stderr); say("predict")
-    os.system(f"ls -la {second.root} /tmp/tmp*")
+    done = second("headstart", "predict", "moods", "some.txt", "-o", "out.csv")
+    print(done.stdout, done.stderr)
+    say("predict")
+    os.system(f"ls -a {second.root}")
