@@ -1,9 +1,9 @@
 """The closed loop on real data: rows of another kind arrive without labels, and the champion adapts.
 
 Run it with `make demo-loop`, after `make demo`. Twice, in a project of its own that is thrown away: a
-champion learns from cells of one crystal (from film reviews), then cells of many (tweets) arrive in the inbox,
-without labels. One run takes them in, finds that they have drifted, adapts the champion to them, and lets the
-gate decide by labels that nobody but the gate has seen. What is printed is what the commands print.
+champion learns from cells of one crystal (from film reviews), then cells of many (tweets) arrive in the
+inbox, without labels. One run takes them in, finds that they have drifted, adapts the champion to them, and
+lets the gate decide by labels that nobody but the gate has seen. What is printed is what the commands print.
 """
 
 from __future__ import annotations

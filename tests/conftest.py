@@ -19,7 +19,7 @@ THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 def isolated(folder: Path) -> dict[str, str]:
     """The environment of a process that writes nothing outside ``folder``."""
-    foreign = ("MLFLOW_", "PREFECT_", "DVC_", "HEADSTART_", "HF_", "PIP_INDEX", "XDG_")
+    foreign = ("AWS_", "MLFLOW_", "PREFECT_", "DVC_", "HEADSTART_", "HF_", "PIP_INDEX", "XDG_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     return kept | {
         "HOME": str(folder / "home"),

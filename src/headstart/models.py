@@ -123,8 +123,7 @@ class Version:
 def load(name: str, which: str = "champion") -> Version:
     """A version by its number or by its alias.
 
-    Files of a store on this machine are read where they lie; those of another are copied to a temporary
-    folder once.
+    Files of a store on this machine are read where they lie; those of another are copied to the cache once.
 
     Raises:
         HeadstartError: there is no such model, version or alias, or the store cannot be reached.
@@ -133,20 +132,27 @@ def load(name: str, which: str = "champion") -> Version:
     import yaml
     from mlflow.exceptions import MlflowException
 
-    client = mlflow.MlflowClient()
-    try:
-        if which.isdecimal():
-            found = client.get_model_version(name, which)
-        else:
-            found = client.get_model_version_by_alias(name, which)
-        folder = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{found.version}"))
-    except (MlflowException, OSError) as error:
-        raise HeadstartError(
-            f"the registry has no {name} {'version ' if which.isdecimal() else ''}{which}",
-            where=mlflow.get_tracking_uri(),
-            table=str(error).splitlines()[:3],
-            do="`headstart models` lists what there is",
-        ) from None
+    from headstart import stores
+
+    title = f"{name} {'version ' if which.isdecimal() else ''}{which}"
+    with stores.asked(f"{title} cannot be had"):
+        client = mlflow.MlflowClient()
+        try:
+            if which.isdecimal():
+                found = client.get_model_version(name, which)
+            else:
+                found = client.get_model_version_by_alias(name, which)
+        except MlflowException as error:
+            if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+                raise
+            raise HeadstartError(
+                f"the registry has no {title}",
+                where=stores.address(),
+                table=str(error).splitlines()[:3],
+                do="`headstart models` lists what there is",
+            ) from None
+        uri = client.get_model_version_download_uri(name, str(found.version))
+        folder = stores.files(name, str(found.version), uri)
     described = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))
     paths = described["flavors"]["python_function"]["artifacts"]
     parts = {part: folder / where["path"] for part, where in paths.items()}

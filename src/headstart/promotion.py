@@ -327,22 +327,12 @@ def opened() -> MlflowClient:
         HeadstartError: it cannot be reached.
     """
     import mlflow
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
 
-    from headstart import sources
+    from headstart import stores
 
-    try:
+    with stores.asked("the model registry cannot be reached"):
         client = mlflow.MlflowClient()
         client.search_registered_models(max_results=1)
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise HeadstartError(
-            "the model registry cannot be reached",
-            where=sources.redacted(mlflow.get_registry_uri()),
-            table=sources.redacted(str(error)).splitlines()[:5],
-            do="check MLFLOW_TRACKING_URI and that its server is up",
-            transient=True,
-        ) from error
     return client
 
 

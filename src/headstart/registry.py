@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from headstart import batches, models, promotion, sources, stamps
+from headstart import batches, models, promotion, sources, stamps, stores
 from headstart.errors import HeadstartError
 from headstart.layout import Layout, sha256_of
 from headstart.promotion import CANDIDATE
@@ -74,13 +74,8 @@ def register(recipe: Recipe, layout: Layout, reason: str = "") -> Registered:
             table=changed,
             do=f"run `headstart run recipes/{layout.recipe}.yaml`",
         )
-    import mlflow
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    digest, store = digest_of(layout), sources.redacted(mlflow.get_tracking_uri())
-    name = recipe.model_name
-    try:
+    digest, name = digest_of(layout), recipe.model_name
+    with stores.asked("the MLflow store refused"):
         client = _open_store(layout)
         with promotion.locked(name):
             existing = _find(client, name, digest)
@@ -88,15 +83,7 @@ def register(recipe: Recipe, layout: Layout, reason: str = "") -> Registered:
             number = str(existing.version) if existing else _log_run(recipe, layout, model, digest, reason)
             if promotion.aliases(client, name).get(CANDIDATE) != number:
                 client.set_registered_model_alias(name, CANDIDATE, number)
-        return Registered(name, number, store, new=existing is None)
-    except (MlflowException, SQLAlchemyError, OSError) as error:  # requests' errors are OSErrors
-        raise HeadstartError(
-            "the MLflow store refused",
-            where=store,
-            table=sources.redacted(str(error)).splitlines()[:10],
-            do="check MLFLOW_TRACKING_URI and that its server is up; nothing else needs to run again",
-            transient=True,
-        ) from error
+        return Registered(name, number, stores.address(), new=existing is None)
 
 
 def _open_store(layout: Layout) -> MlflowClient:
@@ -111,9 +98,7 @@ def _open_store(layout: Layout) -> MlflowClient:
     with FileLock(layout.root / ".headstart" / "mlflow.lock"):
         client = mlflow.MlflowClient()
         if client.get_experiment_by_name(layout.recipe) is None:
-            embedded = mlflow.get_tracking_uri().startswith("sqlite:")
-            place = (layout.root / "mlartifacts").as_uri() if embedded else None
-            client.create_experiment(layout.recipe, artifact_location=place)
+            client.create_experiment(layout.recipe, artifact_location=stores.place(layout))
     return client
 
 
@@ -133,9 +118,10 @@ def attach(name: str, version: str, folder: Path) -> None:
         HeadstartError: the store cannot be reached.
     """
     client = promotion.opened()
-    run = client.get_model_version(name, version).run_id
-    if run:
-        client.log_artifacts(run, str(folder), "report")
+    with stores.asked("the MLflow store did not take the report"):
+        run = client.get_model_version(name, version).run_id
+        if run:
+            client.log_artifacts(run, str(folder), "report")
 
 
 def _find(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
