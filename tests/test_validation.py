@@ -102,6 +102,7 @@ def test_texts_become_a_manifest_as_the_reference_describes_it(tmp_path: Path) -
         "group": "str",
         "split": "str",
         "digest": "str",
+        "batch": "str",
     }
     assert len(table) == 240
     assert table["id"].is_monotonic_increasing

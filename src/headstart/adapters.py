@@ -33,12 +33,16 @@ Columns = dict[str, list[Any]]
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 NO_LABEL = "no label"  # why a row is left out; rows of a target domain need none
+NEUTRAL = "neutral: |mean rating| <= 0.5"
+NO_CLASS = "not an image in a class folder"
 TABLE_SUFFIXES = {".csv", ".tsv", ".parquet", ".jsonl"}
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "development"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+# Adapters whose groups are places in a list, and mean nothing outside of it.
+GROUPS_BY_POSITION = {"elpv"}
 # A module of 60, 72, 54, 50 or 48 cells: the formats that occur in the ELPV data set.
 MODULE_CELLS, WHOLE_RUNS = 60, {72, 54, 50, 48}
 # Bytes that are not UTF-8 travel through the parsers as lone surrogates (PEP 383).
@@ -108,8 +112,8 @@ def _find(name: str) -> Adapter:
 def image_folder(raw: Path, options: Validate) -> pd.DataFrame:
     """Images in one folder per class, with or without train, val and test folders on top.
 
-    Wrapper folders are looked through. A folder called ``train`` that holds pictures, not folders, is a
-    class like any other.
+    Images beside the class folders have no label. Wrapper folders are looked through. A folder called
+    ``train`` that holds pictures, not folders, is a class like any other.
     """
     top = _without_wrappers(raw)
     given = {
@@ -129,7 +133,8 @@ def image_folder(raw: Path, options: Validate) -> pd.DataFrame:
         split = given.get(parts[0]) if parts else None
         folders = parts[1:-1] if split else () if given else parts[:-1]
         known = file.suffix.lower() in IMAGE_SUFFIXES
-        reason = None if known and folders else "not an image in a class folder"
+        bare = not folders and (len(parts) == 1 or split)  # where class folders would stand
+        reason = None if known and folders else NO_LABEL if known and bare else NO_CLASS
         label = folders[0] if folders else None
         rows.append({"path": name, "label": label, "split": split, "left_out": reason})
     if unnameable:
@@ -167,16 +172,28 @@ def table(raw: Path, options: Validate) -> pd.DataFrame:
     return pd.concat([_one_table(file, options) for file in files], ignore_index=True)
 
 
-def _one_table(file: Path, options: Validate) -> pd.DataFrame:
-    import pyarrow as pa
+def column_names(file: Path) -> list[str]:
+    """Names of a table's columns.
 
+    Raises:
+        HeadstartError: the table is damaged.
+    """
+    return _read(file, set())[0]
+
+
+def columns(file: Path, names: set[str]) -> pd.DataFrame:
+    """Columns of a table as texts without spaces around them; None where nothing stands.
+
+    Raises:
+        HeadstartError: the table is damaged.
+    """
+    content = _read(file, names)[1]
+    return pd.DataFrame({name: [_string(value) or None for value in content[name]] for name in sorted(names)})
+
+
+def _one_table(file: Path, options: Validate) -> pd.DataFrame:
     wanted = {role: column for role, column in options.columns.model_dump().items() if column is not None}
-    try:
-        names, content = _content(file, set(wanted.values()))
-    except (ValueError, OSError, csv.Error, pa.ArrowException) as error:
-        raise HeadstartError(
-            "the table cannot be read", where=str(file), table=str(error).splitlines()[:5], do="mend the file"
-        ) from error
+    names, content = _read(file, set(wanted.values()))
     rows: Columns = {}
     for role, column in wanted.items():
         if column not in content:
@@ -200,6 +217,17 @@ def _one_table(file: Path, options: Validate) -> pd.DataFrame:
     for role in set(wanted) - {"text"}:
         rows[role] = [_windows(value) or None if value else None for value in rows[role]]
     return pd.DataFrame(rows)
+
+
+def _read(file: Path, wanted: set[str]) -> tuple[list[str], Columns]:
+    import pyarrow as pa
+
+    try:
+        return _content(file, wanted)
+    except (ValueError, OSError, csv.Error, pa.ArrowException) as error:
+        raise HeadstartError(
+            "the table cannot be read", where=str(file), table=str(error).splitlines()[:5], do="mend the file"
+        ) from error
 
 
 def _content(file: Path, wanted: set[str]) -> tuple[list[str], Columns]:
@@ -275,21 +303,23 @@ def elpv(raw: Path, options: Validate) -> pd.DataFrame:
 
     A cell with a defect probability of 1/3 is functional with confidence 2/3. Weights are the
     paper's: 1, 0.33, 0.67, 1 for probabilities 0, 1/3, 2/3, 1. The 44 modules are not named, but cells
-    of one module stand next to each other in the list.
+    of one module stand next to each other in the list. A cell that nobody has rated has the probability nan.
     """
     file = raw / "labels.csv"
     if not file.is_file():
         raise HeadstartError("labels.csv is missing", where=str(raw), do="ingest it again")
     listed = pd.read_csv(file, sep=r"\s+", header=None, names=["path", "defect", "type"])
-    defective = listed["defect"] >= 0.5
+    defective, rated = listed["defect"] >= 0.5, listed["defect"].notna()
+    sure = listed["defect"].fillna(0)
     return pd.DataFrame(
         {
             "path": listed["path"],
-            "label": defective.map({True: "defective", False: "functional"}),
-            "confidence": listed["defect"].where(defective, 1 - listed["defect"]),
-            "weight": listed["defect"].map(lambda p: 1.0 if p in (0.0, 1.0) else round(p, 2)),
+            "label": defective.map({True: "defective", False: "functional"}).where(rated, None),
+            "confidence": sure.where(defective, 1 - sure),
+            "weight": sure.map(lambda p: 1.0 if p in (0.0, 1.0) else round(p, 2)),
             "domain": listed["type"],
             "group": modules(listed["type"]),
+            "left_out": [None if known else NO_LABEL for known in rated],
         }
     )
 
@@ -304,7 +334,10 @@ def modules(types: pd.Series) -> list[str]:
 
 
 def vader(raw: Path, options: Validate) -> pd.DataFrame:
-    """The four VADER snippet files (Hutto & Gilbert 2014): mean ratings from -4 to 4 as two classes."""
+    """VADER's four snippet files, or some (Hutto & Gilbert 2014): mean ratings from -4 to 4 as two classes.
+
+    A text that nobody has rated has the rating nan.
+    """
     domains = {
         "tweets": "tweets",
         "movieReviewSnippets": "movies",
@@ -313,9 +346,10 @@ def vader(raw: Path, options: Validate) -> pd.DataFrame:
     }
     frames = []
     for stem, domain in domains.items():
-        file = next(iter(sorted(raw.rglob(f"{stem}_GroundTruth.txt"))), None)
+        found = sorted(raw.rglob(f"{stem}_GroundTruth.txt"))
+        file = next((file for file in found if not any(map(_hidden, file.relative_to(raw).parts))), None)
         if file is None:
-            raise HeadstartError(f"{stem}_GroundTruth.txt is missing", where=str(raw), do="ingest it again")
+            continue
         parts = [line.split("\t", 2) for line in _decode(file).split("\n") if line.strip()]
         try:
             numbers, ratings, texts = zip(*parts, strict=True)
@@ -331,17 +365,20 @@ def vader(raw: Path, options: Validate) -> pd.DataFrame:
                 {
                     "id": domain + ":" + number,
                     "text": fixed,
-                    "label": rating.map(lambda r: "positive" if r > 0 else "negative"),
+                    "label": [None if math.isnan(r) else "positive" if r > 0 else "negative" for r in rating],
                     "domain": domain,
                     # `12_3` is the third snippet of document 12.
                     "group": domain + ":" + number.str.replace(r"_\d+$", "", regex=True),
-                    "left_out": rating.map(
-                        lambda r: "neutral: |mean rating| <= 0.5" if abs(r) <= 0.5 else None
-                    ),
+                    "left_out": [
+                        NO_LABEL if math.isnan(r) else NEUTRAL if abs(r) <= 0.5 else None for r in rating
+                    ],
                     "original": original,
                 }
             )
         )
+    if not frames:
+        what = f"{', '.join(f'{stem}_GroundTruth.txt' for stem in domains)}: each of them is missing"
+        raise HeadstartError(what, where=str(raw), do="ingest it again")
     return pd.concat(frames, ignore_index=True)
 
 

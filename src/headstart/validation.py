@@ -1,8 +1,8 @@
 """Validate: raw files become a manifest, or a table of reasons why not.
 
-Goes in: ``data/<recipe>/``. Comes out: ``manifest/<recipe>/`` with usable rows in group-safe, stable
-splits, rows left out, texts repaired, and counts. Either all rules hold or nothing is written. A row
-is never dropped silently.
+Goes in: ``data/<recipe>/``, the source's files and the batches that came after. Comes out:
+``manifest/<recipe>/`` with usable rows in group-safe, stable splits, rows left out, texts repaired, and
+counts. Either all rules hold or nothing is written. A row is never dropped silently.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +19,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from headstart import adapters, duplicates, progress, schemas, splits
+from headstart import adapters, batches, duplicates, progress, schemas, splits
 from headstart.errors import HeadstartError
 from headstart.layout import EARLIER_SPLITS, HIDDEN, Layout, written_whole
 from headstart.recipe import Recipe, Validate
 
-COLUMNS = ["id", "label", "confidence", "weight", "domain", "group", "split", "digest"]
+COLUMNS = ["id", "label", "confidence", "weight", "domain", "group", "split", "digest", "batch"]
 OPTIONAL = ["id", "domain", "group", "split", "left_out", "original", "place"]
 REPEATS = "repeats a row of a more protected split"
+TIES = "repeats earlier rows of another split"
 SHOWN_PER_RULE = 20
 DECODERS = 2  # Pillow decodes without holding the interpreter's lock
 PICTURES_AT_ONCE = 1000
@@ -43,7 +44,8 @@ def validate(recipe: Recipe, layout: Layout) -> None:
             in ``.headstart/<recipe>/failures.parquet``.
     """
     options = recipe.validate_
-    frame = _completed(adapters.read(layout.raw, options))
+    frame = completed(batches.everything(layout, options))
+    frame = _labelled_late(frame, batches.late_labels(layout))
     frame, truth = _put_aside(frame, options)
     usable = frame["left_out"].isna().to_numpy()
     kept = frame[usable].reset_index(drop=True)
@@ -120,10 +122,10 @@ def validate(recipe: Recipe, layout: Layout) -> None:
         )
 
 
-def _completed(frame: pd.DataFrame) -> pd.DataFrame:
-    """The adapter's frame with every optional column filled in, and strings as strings."""
+def completed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the source and of batches with every optional column filled in, and strings as strings."""
     content = "text" if "text" in frame else "path"
-    filled = pd.DataFrame(index=frame.index)
+    filled = pd.DataFrame({"batch": frame["batch"]}, index=frame.index)
     for column in ("label", content, *OPTIONAL):
         values = frame[column].tolist() if column in frame else [None] * len(frame)
         strings = [None if pd.isna(value) else str(value) for value in values]
@@ -137,12 +139,33 @@ def _completed(frame: pd.DataFrame) -> pd.DataFrame:
     # Apart from the names that are given, lest row 7 joins group 7.
     alone = filled["id"] if filled["group"].isna().all() else "row " + filled["id"]
     filled["group"] = filled["group"].replace("", None).fillna(alone)
-    if filled["split"].notna().any():
-        filled["split"] = filled["split"].fillna("none")
+    some = filled.groupby("batch")["split"].transform("count") > 0
+    filled.loc[some & filled["split"].isna(), "split"] = "none"
     for column in ("confidence", "weight"):
         given = pd.to_numeric(frame[column], errors="coerce") if column in frame else 1.0
         filled[column] = pd.Series(given, index=frame.index, dtype="float64")
     return filled
+
+
+def named(frame: pd.DataFrame, ids: pd.Series) -> list[list[int]]:
+    """Positions of the rows that each id names: the row's own, or else its path within its batch."""
+    whole, within = defaultdict(list), defaultdict(list)
+    for i, (row, batch) in enumerate(zip(frame["id"], frame["batch"], strict=True)):
+        whole[row].append(i)
+        if batch:
+            within[row.removeprefix(f".batches/{batch}/")].append(i)
+    return [whole.get(name) or within.get(name) or [] for name in ids]
+
+
+def _labelled_late(frame: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
+    """The rows with labels that came in batches of their own; a row that is gone needs none."""
+    frame = frame.copy()
+    for rows, label in zip(named(frame, labels["id"]), labels["label"], strict=True):
+        if len(rows) == 1 and pd.isna(frame["label"].iat[rows[0]]):
+            frame.loc[rows, "label"] = label
+            if frame["left_out"].iat[rows[0]] == adapters.NO_LABEL:
+                frame.loc[rows, "left_out"] = None
+    return frame
 
 
 def _given_back(kept: pd.DataFrame, truth: pd.DataFrame, options: Validate) -> pd.DataFrame:
@@ -167,7 +190,9 @@ def _put_aside(frame: pd.DataFrame, options: Validate) -> tuple[pd.DataFrame, pd
         return frame, pd.DataFrame({"id": [], "label": []}, dtype="str")
     names = sorted(set(frame["domain"]))
     sources = options.source_domains or [name for name in names if name != target]
-    if unknown := sorted({target, *sources} - set(names)):
+    # Where the recipe names the sources, rows of the target may be yet to come.
+    needed = {*sources} if options.source_domains else {target, *sources}
+    if unknown := sorted(needed - set(names)):
         raise HeadstartError(
             f"no row is of the domain {', '.join(unknown)}",
             where="validate.target_domain, validate.source_domains",
@@ -200,12 +225,13 @@ def _content_ids(frame: pd.DataFrame) -> pd.Series:
     """An id from the row's own content: a row inserted above it does not change it.
 
     The label is not part of it, so that a corrected label leaves a row in its split. Rows with the same
-    content are numbered in the order of what else they say.
+    content are numbered in the order they came, and within a batch in the order of what else they say.
     """
     keys = frame["domain"] + "\0" + frame["text"].fillna("")
     base = keys.map(lambda key: hashlib.blake2b(key.encode(), digest_size=8).hexdigest())
-    repeated = frame.assign(base=base)[base.duplicated(keep=False)]
-    number = repeated.sort_values(["base", "label", "group", "split"]).groupby("base").cumcount()
+    came = pd.factorize(frame["batch"])[0]
+    repeated = frame.assign(base=base, came=came)[base.duplicated(keep=False)]
+    number = repeated.sort_values(["base", "came", "label", "group", "split"]).groupby("base").cumcount()
     number = number[number > 0] + 1
     base.loc[number.index] += "-" + number.astype(str)
     return base
@@ -309,33 +335,88 @@ def _in_splits(
     Splits that the data themselves give stay as they are; a row that repeats one in a more protected
     split is left out, so that what the test measures is not what training has seen. With only train
     and val, val is the held-out test, and validation rows are cut from train: a set that training
-    looks at cannot also be the judge. With train alone, nothing is given.
+    looks at cannot also be the judge. With train alone, nothing is given. All that is decided for the source
+    and for each batch on its own. A batch never moves an earlier row: its rows join the groups that they
+    belong to, and what would tie two splits together is left out.
     """
-    given = kept["split"]
-    if not (given == "test").any():
-        given = given.replace("val", "test")
-    if not (given == "test").any():
-        kept = kept.assign(group=duplicates.merge(kept["group"], pairs))
-        shares = options.splits.model_dump()
-        return kept.assign(split=splits.assign(kept, shares, options.seed, earlier)), kept.iloc[:0]
-    rank = given.map(splits.PROTECTED).to_numpy(int)
-    first, second = pairs[:, 0], pairs[:, 1]
-    dropped = np.zeros(len(kept), bool)
-    dropped[first[rank[first] < rank[second]]] = True
-    dropped[second[rank[second] < rank[first]]] = True
-    repeated = kept[dropped].assign(left_out=REPEATS)
-    still = ~(dropped[first] | dropped[second])
+    came, group = pd.factorize(kept["batch"])[0], pd.factorize(kept["group"])[0]
+    of_batch = kept.groupby("batch")["split"]
+    has_test = of_batch.transform(lambda split: (split == "test").any()).astype(bool)
+    given = kept["split"].where(has_test | (kept["split"] != "val"), "test")
+    judged = given.groupby(kept["batch"]).transform(lambda split: (split == "test").any()).to_numpy(bool)
+    # A group that came before has a split.
+    fixed = judged & (came == pd.Series(came).groupby(group).transform("min").to_numpy())
+
+    own = np.where(fixed, given, kept["id"].map(earlier))
+    rank = np.array([splits.PROTECTED.get(split, -1) for split in own])
+    dropped = _dropped(came, group, rank, pairs, fixed) if came.any() or fixed.any() else came > 0
+    reason = np.where(came > 0, TIES, REPEATS)[dropped]
+    left_out = kept[dropped].assign(left_out=reason)
+    still = ~dropped[pairs].any(axis=1)
     renumbered = np.cumsum(~dropped) - 1
-    kept = kept.assign(split=given)[~dropped].reset_index(drop=True)
+    kept = kept.assign(split=given.where(fixed))[~dropped].reset_index(drop=True)
     kept = kept.assign(group=duplicates.merge(kept["group"], renumbered[pairs[still]]))
-    pool = kept["split"] == "train"
-    if pool.any() and not (kept["split"] == "val").any():
+
+    train = kept["split"] == "train"
+    pool = train & ~kept.groupby("batch")["split"].transform(lambda split: (split == "val").any()).astype(bool)
+    if pool.any():
         share = options.splits.val / (options.splits.train + options.splits.val)
-        open_to = {row: split for row, split in earlier.items() if split != "test"}
+        learned = set(kept.loc[train & ~pool, "group"])
+        open_to = dict.fromkeys(kept.loc[pool & kept["group"].isin(learned), "id"], "train")
+        open_to |= {row: split for row, split in earlier.items() if split != "test"}
         kept.loc[pool, "split"] = splits.assign(
             kept[pool], {"train": 1 - share, "val": share}, options.seed, open_to
         )
-    return kept, repeated
+        cut = set(kept.loc[pool & (kept["split"] == "val"), "group"])
+        kept.loc[train & kept["group"].isin(cut), "split"] = "val"
+    free = kept["split"].isna()
+    if free.any():
+        known = earlier | dict(kept.loc[~free, ["id", "split"]].to_numpy())
+        dealt = splits.assign(kept, options.splits.model_dump(), options.seed, known)
+        kept["split"] = kept["split"].fillna(dealt)
+    return kept, left_out
+
+
+def _dropped(
+    came: np.ndarray, group: np.ndarray, rank: np.ndarray, pairs: duplicates.Pairs, fixed: np.ndarray
+) -> np.ndarray:
+    """Which rows would tie groups of different splits together; bool [rows].
+
+    Groups are joined pair by pair, in the order the rows came. Of a pair whose groups have different splits
+    already, the less protected row goes if both were given theirs together, and else the later one. Rows of
+    the source whose splits were dealt are left to ``splits.assign``.
+
+    Args:
+        came: int64 [rows], which batch, ascending; 0 is the source.
+        group: int64 [rows].
+        rank: int64 [rows], of the split that a row has, or -1.
+        pairs: rows that are the same or nearly so.
+        fixed: bool [rows], whether the data themselves give that split.
+    """
+    split = np.full(group.max() + 1, -1)
+    np.maximum.at(split, group, rank)
+    joined = list(range(len(split)))
+
+    def root(code: int) -> int:
+        while joined[code] != code:
+            joined[code] = code = joined[joined[code]]
+        return code
+
+    dropped = np.zeros(len(came), bool)
+    for first, second in pairs[np.lexsort(pairs.T)]:
+        if dropped[first] or dropped[second]:
+            continue
+        a, b = root(group[first]), root(group[second])
+        if min(split[a], split[b]) >= 0 and split[a] != split[b]:
+            if fixed[first] and fixed[second] and came[first] == came[second]:
+                dropped[first if rank[first] < rank[second] else second] = True
+                continue
+            if came[second]:
+                dropped[second] = True
+                continue
+        split[a] = max(split[a], split[b])
+        joined[b] = a
+    return dropped
 
 
 def _counts(frame: pd.DataFrame, *columns: str) -> dict[str, int]:
