@@ -77,6 +77,7 @@ class Drift:
     level: float
     known: int  # rows that the model knows
     recent: int  # rows that are new
+    labelled: int  # recent rows whose label is known
     grouped: bool  # whether whole groups were dealt, and not rows
     drifted: tuple[int, ...]  # positions of all recent rows, the least like the known ones first
 
@@ -162,7 +163,7 @@ def detect(
         if name in recent.inputs
     }
     measured = {name: values for name, values in measured.items() if np.ptp(values) > 0}
-    judged = known.right is not None and recent.right is not None
+    judged = all(side.right is not None and np.isfinite(side.right).any() for side in (known, recent))
     count = 4 + len(measured) + judged
     permutations = max(permutations, ceil(count / level))
     units = _units(known, recent, ROOM * count / level)
@@ -218,7 +219,7 @@ def detect(
                 recent=float(after),
             )
         )
-    if known.right is not None and recent.right is not None:
+    if judged:
         tests.append(_fallen(known.right, recent.right, codes, sides, permutations, chance))
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
@@ -228,6 +229,7 @@ def detect(
         level=level,
         known=len(known),
         recent=len(recent),
+        labelled=0 if recent.right is None else int(np.isfinite(recent.right).sum()),
         grouped=grouped,
         drifted=tuple(np.argsort(-found, kind="stable").tolist()),
     )
