@@ -11,6 +11,7 @@ import yaml
 
 from headstart import stamps
 from headstart.errors import HeadstartError
+from headstart.evaluation import evaluate
 from headstart.heads import Head
 from headstart.layout import Layout, sha256_of
 from headstart.training import class_factors, soft_targets, train
@@ -290,9 +291,26 @@ def test_test_rows_of_the_target_take_no_part_in_adaptation(tmp_path: Path) -> N
 
 
 def test_a_target_without_rows_is_an_error(tmp_path: Path) -> None:
-    layout = cached.write(tmp_path, cached.manifest().assign(domain="east"))
+    layout, _ = cached.shifted(tmp_path)
+    table = pd.read_parquet(layout.manifest / "manifest.parquet")
+    table.loc[table["domain"] == "west", "split"] = "test"
+    cached.write(tmp_path, table)
     with pytest.raises(HeadstartError, match="the target domain has no rows to adapt to"):
         train(cached.adapting(), layout)
+
+
+def test_before_any_row_of_the_target_has_come_the_model_is_the_sources(tmp_path: Path) -> None:
+    layout = cached.write(tmp_path, cached.manifest().assign(domain="east"))
+    train(cached.recipe(), layout)
+    head = (layout.model / "head.safetensors").read_bytes()
+    train(cached.adapting(), layout)
+    assert (layout.model / "head.safetensors").read_bytes() == head
+    assert model(layout)["adaptation"] is None
+    assert "no row of west has come yet" in str(model(layout)["reason"])
+    evaluate(cached.adapting(), layout)
+    summary = (layout.evidence / "summary.md").read_text()
+    assert "measured on the source domains" in summary
+    assert "Not adapted: no row of west has come yet" in summary
 
 
 def test_where_nothing_has_moved_the_sources_head_is_kept_to_the_bit(tmp_path: Path) -> None:

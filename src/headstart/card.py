@@ -139,13 +139,18 @@ def _data(recipe: Recipe, spec: dict[str, Any], found: dict[str, Any]) -> list[s
 
 
 def _method(recipe: Recipe, spec: dict[str, Any], model: dict[str, Any]) -> list[str]:
+    method = recipe.train.method
+    if model.get("adaptation", "") is None:
+        method = "fine_tune" if recipe.train.tune else "feature_extraction"
     words = [
         f"Backbone: {spec['architecture']} of {spec['library']}.",
-        METHODS[recipe.train.method].format(target=_plain(recipe.validate_.target_domain or "")),
+        METHODS[method].format(target=_plain(recipe.validate_.target_domain or "")),
     ]
-    if recipe.train.tune:
+    if method != recipe.train.method:
+        words.append(f"It is not adapted to another domain: {model['reason']}.")
+    elif recipe.train.tune:
         words.append("The backbone was fine-tuned on the source domains first.")
-    if "adaptation" in model:
+    if model.get("adaptation"):
         words.append(f"Adapted by `{model['adaptation']}`: {model['reason']}.")
     if (heat := model.get("temperature", 1.0)) != 1:
         words.append(f"Probabilities are calibrated on validation rows, by a temperature of {heat:.2f}.")

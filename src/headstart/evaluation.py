@@ -95,7 +95,7 @@ def predictions(model: Path, truth: Path) -> tuple[pd.DataFrame, dict[str, Any],
     """Rows of ``predictions.parquet`` to measure, ``model.json``, and what is not known.
 
     Where the model is made for a target domain, its rows are measured, by the labels that were put aside. If
-    there are none, the rows of the source domains are, and the last value is True.
+    there are no such labels or rows, the rows of the source domains are, and the last value is True.
     """
     try:
         rows = pd.read_parquet(model / "predictions.parquet")
@@ -107,7 +107,7 @@ def predictions(model: Path, truth: Path) -> tuple[pd.DataFrame, dict[str, Any],
             do=f"run `dvc repro train@{model.name}`",
         ) from None
     target = rows["label"] == HIDDEN
-    blind = False
+    blind = described.get("adaptation", "") is None  # nothing was there to adapt to
     if target.any():
         known = rows[target].drop(columns="label").merge(pd.read_parquet(truth / "labels.parquet"), on="id")
         blind = known.empty
@@ -293,7 +293,7 @@ def _adaptation(model: dict[str, Any], accuracy: float | None) -> str:
     ``accuracy`` is the target's, if any of its labels is known.
     """
     if "shift" not in model:
-        return ""
+        return f"\n## The shift\n\nNot adapted: {model['reason']}.\n" if "adaptation" in model else ""
     lines = ["", "## The shift", "", *(f"- {words}" for words in model["shift"]["words"]), ""]
     taught = " Then a new backbone was taught what the adapted model says." if model["taught"] else ""
     lines.append(f"Adapted by `{model['adaptation']}`: {model['reason']}.{taught}")

@@ -46,6 +46,7 @@ METHODS = {
     "feature_extraction": "a new head on frozen features",
     "fine_tune": "fine-tuned together with its head",
     "domain_adaptation": "adapted to another domain",
+    "not yet": "of the source domains, as there was nothing to adapt to yet",
 }
 RULES = {
     "floor": "good enough at all",
@@ -77,7 +78,7 @@ def write(recipe: Recipe, layout: Layout, verdict: dict[str, Any] | None = None)
         "said": said,
         "metrics": METRICS,
         "titles": evaluation.TITLES,
-        "method": METHODS[recipe.train.method],
+        "method": METHODS["not yet" if said.model.get("adaptation", "") is None else recipe.train.method],
         "tiles": _tiles(said),
         "verdict": None if verdict is None else _decision(verdict, recipe),
         "confusion": _confusion(said),

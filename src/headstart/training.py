@@ -120,13 +120,15 @@ def train(recipe: Recipe, layout: Layout) -> None:
     held_out = np.flatnonzero(examples.manifest["split"].isin(["val", "test"]))
     with written_whole(layout.model) as folder:
         probabilities = fitted.publish(folder, held_out)
-        heat, rule = _calibrated(recipe.train, examples, held_out, probabilities)
+        adapting = isinstance(fitted, Adapted)
+        heat, rule = _calibrated(recipe.train, examples, held_out, probabilities, adapting)
         Head.load(folder / "head.safetensors").tempered(heat).save(folder / "head.safetensors")
         probabilities = tempered(probabilities, heat)
         model = {
             "method": recipe.train.method,
             "classes": examples.classes,
             **fitted.said,
+            **({} if adapting or recipe.train.method != "domain_adaptation" else _unadapted(recipe)),
             "temperature": heat,
             "decision": asdict(rule),
             "stamps": stamped,
@@ -143,13 +145,13 @@ def train(recipe: Recipe, layout: Layout) -> None:
 
 
 def _calibrated(
-    choices: Train, examples: Examples, held_out: Rows, probabilities: Floats
+    choices: Train, examples: Examples, held_out: Rows, probabilities: Floats, adapting: bool
 ) -> tuple[float, Decision]:
     """The temperature and the decision rule that the validation rows choose.
 
-    Of a model made for a target domain they can choose neither: they are of other domains.
+    Of a model that was adapted to a target domain they can choose neither: they are of other domains.
     """
-    if choices.method == "domain_adaptation":
+    if adapting:
         nothing = np.empty(0, np.int64), np.empty((0, len(examples.classes)))
         return 1.0, decision(*nothing, examples.classes, choices.decide)
     val = (examples.manifest["split"].to_numpy()[held_out] == "val") & (examples.truth[held_out] >= 0)
@@ -158,10 +160,18 @@ def _calibrated(
     return heat, decision(truth, tempered(probabilities[val], heat), examples.classes, choices.decide)
 
 
+def _unadapted(recipe: Recipe) -> dict[str, Any]:
+    """What model.json tells of a model that could not be adapted yet."""
+    reason = f"no row of {recipe.validate_.target_domain} has come yet, so there was nothing to adapt to"
+    return {"adaptation": None, "reason": reason}
+
+
 def fit(
     recipe: Recipe, layout: Layout, examples: Examples, train: Rows, val: Rows, *, key: str | None = None
 ) -> Fitted | None:
     """The model that the recipe's method builds from the rows ``train``, with what the rows ``val`` choose.
+
+    Domain adaptation without any row of its target is the source's model.
 
     Args:
         recipe: its ``train`` block says how.
@@ -182,6 +192,8 @@ def fit(
     train, known = train[~few], train[few]
     source = source_of(recipe, layout, examples, train, val, key=key)
     if source is None or recipe.train.method != "domain_adaptation":
+        return source
+    if not (examples.manifest["domain"] == domain).any():
         return source
     model = adapted(recipe.train, source, train, val, known)
     if not recipe.train.teach:

@@ -162,7 +162,10 @@ def _answers(version: Version, items: Sequence[Item], classes: list[str]) -> gat
 
 
 def _rows(recipe: Recipe, layout: Layout) -> tuple[pd.DataFrame, list[Item]]:
-    """Test rows with a known label, of the target domain if there is one, and what a model reads of each."""
+    """Test rows with a known label, and what a model reads of each.
+
+    They are of the target domain, if the recipe names one and any row of it has come.
+    """
     column = "text" if recipe.modality == "text" else "path"
     try:
         rows = pd.read_parquet(layout.manifest / "manifest.parquet")
@@ -173,8 +176,9 @@ def _rows(recipe: Recipe, layout: Layout) -> tuple[pd.DataFrame, list[Item]]:
             where=str(error.filename),
             do=f"run `dvc repro validate@{layout.recipe}`",
         ) from None
+    adapting = (rows["domain"] == recipe.validate_.target_domain).any()
     rows = rows[rows["split"] == "test"]
-    if recipe.validate_.target_domain is not None:
+    if adapting:
         rows = rows[rows["label"] == HIDDEN].drop(columns="label").merge(aside[["id", "label"]], on="id")
     rows = rows[rows["label"] != HIDDEN].reset_index(drop=True)
     content = rows[column].tolist()

@@ -159,13 +159,14 @@ def named(frame: pd.DataFrame, ids: pd.Series) -> list[list[int]]:
 
 def _labelled_late(frame: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
     """The rows with labels that came in batches of their own; a row that is gone needs none."""
-    frame = frame.copy()
+    known, left_out = frame["label"].tolist(), frame["left_out"].tolist()
     for rows, label in zip(named(frame, labels["id"]), labels["label"], strict=True):
-        if len(rows) == 1 and pd.isna(frame["label"].iat[rows[0]]):
-            frame.loc[rows, "label"] = label
-            if frame["left_out"].iat[rows[0]] == adapters.NO_LABEL:
-                frame.loc[rows, "left_out"] = None
-    return frame
+        if len(rows) == 1 and pd.isna(known[rows[0]]):
+            known[rows[0]] = label
+            if left_out[rows[0]] == adapters.NO_LABEL:
+                left_out[rows[0]] = None
+    columns = {"label": known, "left_out": left_out}
+    return frame.assign(**{name: pd.Series(said, dtype="str") for name, said in columns.items()})
 
 
 def _given_back(kept: pd.DataFrame, truth: pd.DataFrame, options: Validate) -> pd.DataFrame:
@@ -358,7 +359,9 @@ def _in_splits(
     kept = kept.assign(group=duplicates.merge(kept["group"], renumbered[pairs[still]]))
 
     train = kept["split"] == "train"
-    pool = train & ~kept.groupby("batch")["split"].transform(lambda split: (split == "val").any()).astype(bool)
+    pool = train & ~kept.groupby("batch")["split"].transform(lambda split: (split == "val").any()).astype(
+        bool
+    )
     if pool.any():
         share = options.splits.val / (options.splits.train + options.splits.val)
         learned = set(kept.loc[train & ~pool, "group"])
