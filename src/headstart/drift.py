@@ -8,7 +8,7 @@ a file, never changes a model, and never knows what a feature or a class stands 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import ceil, comb
 from typing import Any, Literal
 
@@ -43,8 +43,8 @@ class Side:
     vectors: Features  # [n, d], any float type: what the model's head reads
     probabilities: Floats  # float64 [n, k]
     named: Ints  # int64 [n], position of the class named, -1 for none
-    inputs: Mapping[str, Floats] = field(default_factory=dict)  # float64 [n] by what is measured
-    right: Floats | None = None  # float64 [n]: 1 named rightly, 0 wrongly, NaN where the label is not known
+    inputs: Mapping[str, Floats]  # float64 [n] by what is measured
+    right: Floats  # float64 [n]: 1 named rightly, 0 wrongly, NaN where the label is not known
     groups: NDArray[Any] | None = None  # [n]: rows of one group came together
 
     def __len__(self) -> int:
@@ -163,8 +163,8 @@ def detect(
         if name in recent.inputs
     }
     measured = {name: values for name, values in measured.items() if np.ptp(values) > 0}
-    judged = all(side.right is not None and np.isfinite(side.right).any() for side in (known, recent))
-    count = 4 + len(measured) + judged
+    judged = np.isfinite(known.right).any() and np.isfinite(recent.right).any()
+    count = 4 + len(measured) + int(judged)
     permutations = max(permutations, ceil(count / level))
     units = _units(known, recent, ROOM * count / level)
     grouped = units is not None
@@ -229,7 +229,7 @@ def detect(
         level=level,
         known=len(known),
         recent=len(recent),
-        labelled=0 if recent.right is None else int(np.isfinite(recent.right).sum()),
+        labelled=int(np.isfinite(recent.right).sum()),
         grouped=grouped,
         drifted=tuple(np.argsort(-found, kind="stable").tolist()),
     )
@@ -243,16 +243,15 @@ def _units(known: Side, recent: Side, wanted: float) -> Ints | None:
     """What is dealt as a whole, int64 [n + m]; None if rows are, for want of groups."""
     if known.groups is None or recent.groups is None:
         return None
-    mine, theirs = (np.unique(side.groups, return_inverse=True)[1] for side in (known, recent))
+    mine = np.unique(known.groups, return_inverse=True)[1]
+    theirs = np.unique(recent.groups, return_inverse=True)[1]
     sizes = int(mine.max()) + 1, int(theirs.max()) + 1
     if min(sizes) < 2 or comb(sum(sizes), sizes[0]) < wanted:
         return None
     return np.concatenate([mine, theirs + sizes[0]])
 
 
-def _dealt(
-    units: Ints, recent: NDArray[np.bool_], permutations: int, chance: np.random.Generator
-) -> Floats:
+def _dealt(units: Ints, recent: NDArray[np.bool_], permutations: int, chance: np.random.Generator) -> Floats:
     """1 where a row is dealt to the recent side, float64 [rows, 1 + permutations]; first as it truly is."""
     names, unit = np.unique(units, return_inverse=True)
     truly = np.zeros(len(names))
@@ -335,12 +334,10 @@ def _fallen(
     """How far the share of right answers has fallen, of the rows whose labels are known: these are dealt."""
     right = _both(known, recent)
     some = np.isfinite(right)
-    before, after = (float(np.nanmean(side)) if np.isfinite(side).any() else np.nan for side in (known, recent))
-    p = 1.0
-    if np.isfinite(before - after):
-        dealt = _dealt(units[some], sides[some], permutations, chance)
-        theirs, size = right[some] @ dealt, dealt.sum(axis=0)
-        p = _p((right[some].sum() - theirs) / (some.sum() - size) - theirs / size)
+    before, after = float(np.nanmean(known)), float(np.nanmean(recent))
+    dealt = _dealt(units[some], sides[some], permutations, chance)
+    theirs, size = right[some] @ dealt, dealt.sum(axis=0)
+    p = _p((right[some].sum() - theirs) / (some.sum() - size) - theirs / size)
     return Test("labels", "right answers", "fall", before - after, p, known=before, recent=after)
 
 

@@ -47,8 +47,12 @@ class Rows:
 
     def chosen(self, places: Sequence[int]) -> Rows:
         """Some of them."""
-        names, items, labels = ([each[p] for p in places] for each in (self.names, self.items, self.labels))
-        return Rows(names, items, labels, None if self.groups is None else [self.groups[p] for p in places])
+        return Rows(
+            [self.names[place] for place in places],
+            [self.items[place] for place in places],
+            [self.labels[place] for place in places],
+            None if self.groups is None else [self.groups[place] for place in places],
+        )
 
 
 @dataclass(frozen=True)
@@ -303,15 +307,16 @@ def _given(recipe: Recipe, version: Version, inputs: Sequence[str], most: int) -
                 has = columns.label in chunk.rows.schema.names
                 labels = chunk.rows.column(columns.label).to_pylist() if has else None
                 for place, item in items.items():
-                    name = str(item) if isinstance(item, Path) else f"{source.where}, row {passed + place + 1}"
+                    row = f"{source.where}, row {passed + place + 1}"
+                    name = str(item) if isinstance(item, Path) else row
                     yield name, item, str(labels[place] or HIDDEN) if labels else HIDDEN
                 passed += chunk.rows.num_rows
 
     kept = heapq.nsmallest(most, rows(), key=lambda row: _hash(row[0]))
     if not kept:
         raise HeadstartError("there is no row to look at", where=", ".join(inputs), do="name other inputs")
-    names, items, labels = (list(column) for column in zip(*sorted(kept, key=lambda row: row[0]), strict=True))
-    return Rows(names, items, labels)
+    kept.sort(key=lambda row: row[0])
+    return Rows([row[0] for row in kept], [row[1] for row in kept], [row[2] for row in kept])
 
 
 def _pairs(rows: pd.DataFrame) -> Iterable[tuple[str, str]]:
@@ -389,7 +394,7 @@ def _remembered(layout: Layout, version: Version, rows: Rows) -> Side:
     """The known rows' side, whose vectors are kept from one call to the next."""
     whole = hashlib.sha256(json.dumps([version.run_id, version.tags.get("headstart.digest")]).encode())
     for name, item in zip(rows.names, rows.items, strict=True):
-        content = item if isinstance(item, str) else f"{item}\0{Path(str(item)).stat().st_mtime_ns}"
+        content = f"{item}\0{item.stat().st_mtime_ns}" if isinstance(item, Path) else str(item)
         whole.update(f"{name}\0{content}\n".encode(errors="surrogatepass"))
     key = whole.hexdigest()
     path = layout.work / f"reference-{version.version}.npz"
@@ -404,7 +409,7 @@ def _remembered(layout: Layout, version: Version, rows: Rows) -> Side:
             for old in layout.work.glob("reference-*.npz"):
                 old.unlink(missing_ok=True)
             with tempfile.NamedTemporaryFile(dir=layout.work, suffix=".npz.partial", delete=False) as file:
-                np.savez(file, key=np.array(key), **kept)
+                np.savez(file, allow_pickle=False, key=np.array(key), **kept)
             Path(file.name).replace(path)
     inputs = {name[6:]: values for name, values in kept.items() if name.startswith("input:")}
     return _side(version.model, rows.chosen(kept["good"].tolist()), kept["vectors"], inputs)
@@ -428,11 +433,8 @@ def _promised(version: Version) -> dict[str, dict[str, float | None]]:
     }
 
 
-def _measured(
-    recipe: Recipe, version: Version, side: Side, rows: Rows
-) -> dict[str, dict[str, float | None]]:
+def _measured(recipe: Recipe, version: Version, side: Side, rows: Rows) -> dict[str, dict[str, float | None]]:
     """The same figures of the recent rows whose labels are known; empty if those are too few."""
-    assert side.right is not None
     some = np.flatnonzero(np.isfinite(side.right))
     if len(some) < drift.FEWEST:
         return {}
