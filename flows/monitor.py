@@ -1,11 +1,38 @@
-"""Stands in for the flow that is being written."""
+"""Monitor one recipe: are recent rows still like those that its champion knows?
+
+Goes in: a recipe's name, and what to look at if not the batches that came since. Comes out: a line that says
+what was found; a page, MLflow metrics over time, and an event if there is drift. Trains nothing.
+"""
 
 from __future__ import annotations
 
 from prefect import flow
 
+from flows.logs import in_words
+from headstart import environment, monitoring
+from headstart.layout import Layout
+from headstart.recipe import load
+from tasks.monitor import monitor as compare
+from tasks.recovery import recoverable
+
+in_words()
+
 
 @flow(name="monitor", flow_run_name="monitor {recipe}", persist_result=False, retries=0)
-def monitor(recipe: str) -> str:
-    """Do nothing yet."""
-    return recipe
+def monitor(recipe: str, inputs: list[str] | None = None) -> str:
+    """Test recent rows for drift.
+
+    Args:
+        recipe: the stem of a file in ``recipes/``.
+        inputs: files, folders, patterns or tables, relative to the project; by default the batches that came
+            since the champion's data.
+
+    Raises:
+        HeadstartError: as of ``monitoring.monitor``.
+    """
+    root = environment.project_root()
+    environment.prepare(root)
+    chosen, layout = load(root / "recipes" / f"{recipe}.yaml"), Layout(root, recipe)
+    with recoverable(root):
+        found = compare(chosen, layout, inputs)
+    return found.reason if found else monitoring.idle(chosen, layout, inputs)

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
-from prefect.states import Completed, State
-from tasks.monitor import monitor
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
 
 from flows.logs import in_words
 from headstart import environment
@@ -30,6 +30,7 @@ from headstart.registry import Registered
 from headstart.trials import Decided
 from tasks import versioning
 from tasks.ingest import ingest
+from tasks.monitor import monitor
 from tasks.promote import promote
 from tasks.receive import receive
 from tasks.recovery import recoverable
@@ -122,7 +123,7 @@ def _retrain(root: Path, recipe: str, reason: str, force: bool) -> State[Outcome
             drift = monitor(chosen, layout)
             step.outcome = "ran" if drift else "fresh"
         if drift and drift.alarm:
-            reason = f"{reason}; {drift.words}"
+            reason = f"{reason}; {drift.reason}"
     for stage in versioning.order(root, recipe):
         with timed(steps, stage) as step:
             if not force and versioning.is_fresh(root, f"{stage}@{recipe}"):

@@ -23,7 +23,7 @@ from tests.conftest import ROOT, Project, clone, isolated
 from tests.postgres import postgres
 from tests.processes import answers, running
 from tests.s3 import BUCKET, KEYS, s3
-from tests.servers import closed, free_port
+from tests.servers import free_port
 
 pytestmark = pytest.mark.slow
 

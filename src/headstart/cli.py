@@ -324,6 +324,30 @@ def predict(  # noqa: PLR0917  # by name, on the command line
 
 
 @app.command()
+def monitor(
+    recipe: RecipePath,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Files, folders, patterns or tables; by default the batches that came since."),
+    ] = None,
+) -> None:
+    """Compare recent rows with those that the champion knows: is there drift? Changes no model."""
+    here = Path.cwd()
+    chosen, layout = _opened(recipe)
+    from headstart import drift_report, monitoring
+
+    given = [os.path.join(here, each) for each in inputs or ()]  # noqa: PTH118  # a pattern is no path
+    if words := monitoring.idle(chosen, layout, given):
+        print(words)
+        return
+    found = monitoring.monitor(chosen, layout, given)
+    assert found
+    page = drift_report.write(chosen, layout, found)
+    monitoring.log(chosen, found, page)
+    print(f"{found}\nsee {page}")
+
+
+@app.command()
 def export(
     name: ModelName,
     onnx: Annotated[bool, typer.Option("--onnx", help="As ONNX, checked against PyTorch.")] = False,

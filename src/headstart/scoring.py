@@ -172,21 +172,11 @@ def _answered(model: Model, source: Source, chunk: Chunk, schema: pa.Schema) -> 
     """One chunk of rows with its answers."""
     import pyarrow as pa
 
-    faults = dict(chunk.faults)
-    items: dict[int, Item] = {}
-    for place, value in enumerate(chunk.rows.column(source.item).to_pylist()):
-        if place in faults:
-            continue
-        if not value or (isinstance(value, str) and not value.strip()):
-            faults[place] = f"there is no {source.item}"
-        elif model.modality == "image" and isinstance(value, str):
-            items[place] = source.folder / value
-        else:
-            items[place] = value
+    items, faults = items_of(source, chunk, model.modality)
     labels = [NO_LABEL] * chunk.rows.num_rows
     probabilities = np.full((chunk.rows.num_rows, len(model.classes)), np.nan)
     places = np.fromiter(items, np.int64, len(items))
-    vectors, unread = _read(model, list(items.values()))
+    vectors, unread = vectors_of(model, list(items.values()))
     faults |= {int(places[row]): words for row, words in unread.items()}
     good = np.array([row not in unread for row in range(len(places))], bool)
     if good.any():
@@ -205,7 +195,23 @@ def _answered(model: Model, source: Source, chunk: Chunk, schema: pa.Schema) -> 
     )
 
 
-def _read(model: Model, items: list[Item]) -> tuple[Any, dict[int, str]]:
+def items_of(source: Source, chunk: Chunk, modality: str) -> tuple[dict[int, Item], dict[int, str]]:
+    """What is to be looked at, and what is wrong with rows that have none; each by position in the chunk."""
+    faults = dict(chunk.faults)
+    items: dict[int, Item] = {}
+    for place, value in enumerate(chunk.rows.column(source.item).to_pylist()):
+        if place in faults:
+            continue
+        if not value or (isinstance(value, str) and not value.strip()):
+            faults[place] = f"there is no {source.item}"
+        elif modality == "image" and isinstance(value, str):
+            items[place] = source.folder / value
+        else:
+            items[place] = value
+    return items, faults
+
+
+def vectors_of(model: Model, items: list[Item]) -> tuple[Any, dict[int, str]]:
     """Vectors of the items, float32 [items, dim], and what is wrong with those that cannot be read."""
     if not items:
         return np.empty((0, model.extractor.dim), np.float32), {}

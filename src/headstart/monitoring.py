@@ -1,0 +1,452 @@
+"""Monitoring: the champion's recent rows beside those that it knows.
+
+Goes in: a recipe, the rows that its champion was not trained on, and the rows that came since. Comes out: a
+``Monitored``: the tests of ``drift``, and where labels are known how good the champion still is. Changes
+neither the data nor the registry's models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from headstart import adapters, batches, drift, promotion, scoring, sources, validation
+from headstart.drift import Drift, Side
+from headstart.errors import HeadstartError
+from headstart.evaluation import positions
+from headstart.layout import HIDDEN, Layout, unwritable_named
+from headstart.metrics import METRICS, intervals
+from headstart.recipe import Recipe
+
+if TYPE_CHECKING:
+    from headstart.features import Item
+    from headstart.models import Model, Version
+
+BATCHES = "headstart.batches"  # tag of a version: the batches that its data had, as a JSON list
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to look at."""
+
+    names: list[str]
+    items: list[Item]
+    labels: list[str]  # HIDDEN where none is known
+    groups: list[str] | None = None
+
+    def chosen(self, places: Sequence[int]) -> Rows:
+        """Some of them."""
+        return Rows(
+            [self.names[place] for place in places],
+            [self.items[place] for place in places],
+            [self.labels[place] for place in places],
+            None if self.groups is None else [self.groups[place] for place in places],
+        )
+
+
+@dataclass(frozen=True)
+class Monitored:
+    """What was found; as text, a table for a terminal."""
+
+    model: str
+    version: str
+    where: str  # what the recent rows are
+    classes: list[str]
+    drift: Drift
+    known: Side
+    recent: Side
+    rows: Rows  # the recent ones, that could be read
+    unread: int  # recent rows that could not be
+    promised: dict[str, dict[str, float | None]]  # the champion's test figures
+    measured: dict[str, dict[str, float | None]]  # the same of the recent rows; empty without labels
+
+    @property
+    def fallen(self) -> list[str]:
+        """Metrics whose interval on the recent rows lies wholly on the worse side of the test figure."""
+        found = []
+        for metric, recent in self.measured.items():
+            test = self.promised.get(metric, {}).get("value")
+            low, high = recent["low"], recent["high"]
+            if test is None or low is None or high is None:
+                continue
+            if low > test if metric in {"log_loss", "ece"} else high < test:
+                found.append(metric)
+        return found
+
+    def __str__(self) -> str:
+        lines = [("test", "measure", "value", "known", "recent", "p", "corrected", "")]
+        for test in self.drift.tests:
+            lines.append(
+                (
+                    test.name,
+                    test.measure,
+                    f"{test.value:.3f}",
+                    "" if test.known is None else f"{test.known:.3g}",
+                    "" if test.recent is None else f"{test.recent:.3g}",
+                    f"{test.p:.3f}",
+                    f"{test.adjusted:.3f}",
+                    "drift" if test.adjusted <= self.drift.level else "",
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        table = "\n".join(
+            "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+        told = [f"{self.model} version {self.version}, {self.where}: {self.drift.reason}", table]
+        if self.measured:
+            figures = ", ".join(
+                f"{metric} {recent['value']:.3f} (test {self.promised[metric]['value']:.3f})"
+                for metric, recent in self.measured.items()
+                if recent["value"] is not None and self.promised.get(metric, {}).get("value") is not None
+            )
+            told.append(f"{self.drift.labelled:,} recent rows have labels: {figures}")
+        if self.unread:
+            told.append(f"{self.unread:,} rows could not be read")
+        return "\n".join(told)
+
+
+def monitor(recipe: Recipe, layout: Layout, inputs: Sequence[str] | None = None) -> Monitored | None:
+    """Compare recent rows with those that the champion knows.
+
+    The known rows are the manifest's in val and test, of the batches that the champion's data had (of the
+    target domain, if the recipe adapts to one). A backbone that was tuned knows its training rows too well to
+    stand for others. The recent rows are those of the batches that came since, or what ``inputs`` name.
+    At most ``monitor.rows`` of either are looked at, chosen by a hash of their names.
+
+    Cost: a forward pass over these rows; that over the known ones is kept in ``.headstart/R/``.
+
+    Args:
+        recipe: whose champion it is.
+        layout: where its manifest and batches lie.
+        inputs: files, folders, patterns or tables, as of ``scoring.score``.
+
+    Returns:
+        None where there is no champion yet, or nothing recent; ``idle`` says which.
+
+    Raises:
+        HeadstartError: the manifest or the registry cannot be read, or there are too few rows to test.
+    """
+    if idle(recipe, layout, inputs):
+        return None
+    from headstart import models
+
+    version = models.load(recipe.model_name)
+    options, seen = recipe.monitor, _batches_of(version.tags)
+    if inputs:
+        where = ", ".join(inputs)
+        recent = _given(recipe, version, inputs, options.rows)
+    else:
+        news = _news(layout, seen)
+        where = f"batch{'es' if len(news) > 1 else ''} {', '.join(news)}"
+        recent = _arrived(recipe, layout, news, options.rows)
+    known = _known(recipe, layout, seen, options.rows)
+    mine = _remembered(layout, version, known)
+    theirs, read = _looked_at(version.model, recent)
+    few = min(len(mine), len(theirs))
+    if few < drift.FEWEST:
+        raise HeadstartError(
+            f"{few} rows are too few to tell drift from chance",
+            where=where if len(theirs) == few else str(layout.manifest),
+            do=f"wait for {drift.FEWEST}; a hundred show most of what matters",
+        )
+    found = drift.detect(
+        mine,
+        theirs,
+        version.model.classes,
+        level=options.level,
+        permutations=options.permutations,
+        seed=recipe.train.seed,
+    )
+    return Monitored(
+        model=version.name,
+        version=version.version,
+        where=where,
+        classes=version.model.classes,
+        drift=found,
+        known=mine,
+        recent=theirs,
+        rows=read,
+        unread=len(recent.names) - len(read.names),
+        promised=_promised(version),
+        measured=_measured(recipe, version, theirs, read),
+    )
+
+
+def idle(recipe: Recipe, layout: Layout, inputs: Sequence[str] | None = None) -> str:
+    """Why there is nothing to monitor; empty if there is something. Looks at names alone."""
+    client, name = promotion.opened(), recipe.model_name
+    champion = promotion.champion_of(client, name)
+    if champion is None:
+        return f"{name} has no champion yet, so there is nothing to compare with"
+    if not inputs and not _news(layout, _batches_of(promotion.tags(client, name, champion))):
+        return f"no batch has come since the data of {name} version {champion}"
+    return ""
+
+
+def log(recipe: Recipe, found: Monitored, page: Path) -> None:
+    """Add the figures to the recipe's run in the MLflow experiment ``monitor/R``, at this time.
+
+    One run for each recipe; a step is a second since 1970. The page beside it is the latest.
+
+    Raises:
+        HeadstartError: the store cannot be reached.
+    """
+    import mlflow
+    from mlflow.entities import Metric
+    from mlflow.exceptions import MlflowException
+
+    now = time.time()
+    figures = {"alarm": float(found.drift.alarm), "recent.rows": float(found.drift.recent)}
+    for test in found.drift.tests:
+        name = re.sub(r"[^\w\-. /]", "_", f"{test.family}.{test.name}")
+        figures |= {f"{name}.{re.sub('²', '2', test.measure)}": test.value, f"{name}.p": test.adjusted}
+    for metric, measured in found.measured.items():
+        figures |= {f"recent.{metric}.{key}": value for key, value in measured.items() if value is not None}
+    try:
+        client = promotion.opened()
+        experiment = client.get_experiment_by_name(f"monitor/{recipe.name}")
+        if experiment is None:
+            embedded = mlflow.get_tracking_uri().startswith("sqlite:")
+            place = Path("mlartifacts").resolve().as_uri() if embedded else None
+            made = client.create_experiment(f"monitor/{recipe.name}", artifact_location=place)
+            experiment = client.get_experiment(made)
+        runs = client.search_runs([experiment.experiment_id], max_results=1)
+        run = runs[0] if runs else client.create_run(experiment.experiment_id, run_name="monitor")
+        client.log_batch(
+            run.info.run_id,
+            metrics=[Metric(key, value, int(now * 1000), int(now)) for key, value in figures.items()],
+        )
+        client.set_tag(run.info.run_id, "headstart.drift", found.drift.reason)
+        client.set_tag(run.info.run_id, "headstart.version", found.version)
+        client.log_artifact(run.info.run_id, str(page))
+        client.set_terminated(run.info.run_id)
+    except (MlflowException, OSError) as error:
+        raise HeadstartError(
+            "the MLflow store refused",
+            where=sources.redacted(mlflow.get_tracking_uri()),
+            table=sources.redacted(str(error)).splitlines()[:10],
+            do="check MLFLOW_TRACKING_URI and that its server is up",
+            transient=True,
+        ) from error
+
+
+def _batches_of(tags: dict[str, str]) -> list[str]:
+    """Batches that a version's data had; of a version older than batches, none."""
+    named: list[str] = json.loads(tags.get(BATCHES, "[]"))
+    return named
+
+
+def _news(layout: Layout, seen: Sequence[str]) -> list[str]:
+    return [name for name in batches.names(layout) if name not in seen]
+
+
+def _known(recipe: Recipe, layout: Layout, seen: Sequence[str], most: int) -> Rows:
+    """Held-out rows of the data that the champion had."""
+    try:
+        rows = pd.read_parquet(layout.manifest / "manifest.parquet")
+        aside = pd.read_parquet(layout.truth / "labels.parquet")
+    except FileNotFoundError as error:
+        raise HeadstartError(
+            "the rows that the champion knows are missing",
+            where=str(error.filename),
+            do=f"run `dvc repro validate@{layout.recipe}`",
+        ) from None
+    rows = rows[rows["split"].isin(["val", "test"])]
+    if "batch" in rows:
+        rows = rows[rows["batch"].isin(["", *seen])]
+    if recipe.validate_.target_domain is not None:
+        of_target = rows["domain"] == recipe.validate_.target_domain
+        rows = rows[of_target] if of_target.any() else rows  # before the target came, its sources were all
+    rows = rows.iloc[_sampled(rows["id"], most)]
+    true = dict(zip(aside["id"], aside["label"], strict=True))
+    labels = [true.get(row, HIDDEN) if label == HIDDEN else label for row, label in _pairs(rows)]
+    return Rows(rows["id"].tolist(), _items(recipe, layout, rows), labels, rows["group"].tolist())
+
+
+def _arrived(recipe: Recipe, layout: Layout, names: Sequence[str], most: int) -> Rows:
+    """Rows of batches, with the labels that have come for them since."""
+    options = recipe.validate_
+    frame = pd.concat([batches.read(layout, name, options) for name in names], ignore_index=True)
+    frame = validation.completed(frame)
+    late = batches.late_labels(layout)
+    labels = frame["label"].fillna(HIDDEN).tolist()
+    for places, label in zip(validation.named(frame, late["id"]), late["label"], strict=True):
+        for place in places:
+            labels[place] = labels[place] or label
+    # What has no label is no worse for it; what is left out for another reason is so in training, too.
+    usable = frame["left_out"].isna() | (frame["left_out"] == adapters.NO_LABEL)
+    rows = frame.assign(label=labels)[usable]
+    rows = rows.iloc[_sampled(rows["id"], most)]
+    return Rows(
+        rows["id"].tolist(), _items(recipe, layout, rows), rows["label"].tolist(), rows["group"].tolist()
+    )
+
+
+def _given(recipe: Recipe, version: Version, inputs: Sequence[str], most: int) -> Rows:
+    """Rows that files, folders or tables hold; a table may have labels, in the recipe's own column."""
+    modality, columns = version.model.modality, recipe.validate_.columns
+    column = columns.text if recipe.validate_.adapter == "table" else None
+    opened = scoring.opened(inputs, version.name, modality, column if modality == "text" else None)
+
+    def rows() -> Iterable[tuple[str, Item, str]]:
+        for source in opened:
+            passed = 0
+            for chunk in source.chunks(scoring.CHUNK[modality]):
+                items, _ = scoring.items_of(source, chunk, modality)
+                has = columns.label in chunk.rows.schema.names
+                labels = chunk.rows.column(columns.label).to_pylist() if has else None
+                for place, item in items.items():
+                    row = f"{source.where}, row {passed + place + 1}"
+                    name = str(item) if isinstance(item, Path) else row
+                    yield name, item, str(labels[place] or HIDDEN) if labels else HIDDEN
+                passed += chunk.rows.num_rows
+
+    kept = heapq.nsmallest(most, rows(), key=lambda row: _hash(row[0]))
+    if not kept:
+        raise HeadstartError("there is no row to look at", where=", ".join(inputs), do="name other inputs")
+    kept.sort(key=lambda row: row[0])
+    return Rows([row[0] for row in kept], [row[1] for row in kept], [row[2] for row in kept])
+
+
+def _pairs(rows: pd.DataFrame) -> Iterable[tuple[str, str]]:
+    return zip(rows["id"], rows["label"], strict=True)
+
+
+def _items(recipe: Recipe, layout: Layout, rows: pd.DataFrame) -> list[Item]:
+    if recipe.modality == "text":
+        return list(rows["text"])
+    return [layout.raw / path for path in rows["path"]]
+
+
+def _sampled(names: pd.Series, most: int) -> list[int]:
+    """Positions of at most so many rows, in order: the same ones each time."""
+    order = np.argsort([_hash(name) for name in names], kind="stable")
+    return sorted(order[:most].tolist())
+
+
+def _hash(name: str) -> str:
+    return hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+
+
+def _looked_at(model: Model, rows: Rows) -> tuple[Side, Rows]:
+    """What the model and the gauges say of rows, and those of the rows that could be read."""
+    vectors, good = _vectors(model, rows.items)
+    rows = rows.chosen(good)
+    return _side(model, rows, vectors, _gauged(model, rows.items)), rows
+
+
+def _vectors(model: Model, items: list[Item]) -> tuple[np.ndarray[Any, Any], list[int]]:
+    """Vectors, float32 [good, dim], of the items that can be read, and their positions."""
+    from headstart.progress import bar
+
+    parts, good = [], []
+    size = scoring.CHUNK[model.modality]
+    with bar(total=len(items), desc="looking at rows", unit=" rows") as progress:
+        for start in range(0, len(items), size):
+            some = items[start : start + size]
+            vectors, faults = scoring.vectors_of(model, some)
+            fine = [place for place in range(len(some)) if place not in faults]
+            parts.append(vectors[fine])
+            good += [start + place for place in fine]
+            progress.update(len(some))
+    return np.concatenate(parts) if parts else np.empty((0, model.extractor.dim), np.float32), good
+
+
+def _gauged(model: Model, items: list[Item]) -> dict[str, np.ndarray[Any, Any]]:
+    from headstart import quality
+
+    if model.modality == "text":
+        return quality.of_texts(items, model.extractor.weights / "tokenizer.json")  # type: ignore[arg-type]
+    return quality.of_images(items)  # type: ignore[arg-type]
+
+
+def _side(
+    model: Model, rows: Rows, vectors: np.ndarray[Any, Any], inputs: dict[str, np.ndarray[Any, Any]]
+) -> Side:
+    probabilities = model.head.probabilities(vectors)
+    named = model.decision.named(probabilities)
+    right = np.full(len(named), np.nan)
+    known = [place for place, label in enumerate(rows.labels) if label in model.classes]
+    truth = positions([rows.labels[place] for place in known], model.classes)
+    right[known] = named[known] == truth
+    return Side(
+        vectors=vectors,
+        probabilities=probabilities,
+        named=np.where(model.decision.sure(probabilities), named, -1),
+        inputs=inputs,
+        right=right,
+        groups=None if rows.groups is None else np.array(rows.groups),
+    )
+
+
+def _remembered(layout: Layout, version: Version, rows: Rows) -> Side:
+    """The known rows' side, whose vectors are kept from one call to the next."""
+    whole = hashlib.sha256(json.dumps([version.run_id, version.tags.get("headstart.digest")]).encode())
+    for name, item in zip(rows.names, rows.items, strict=True):
+        content = f"{item}\0{item.stat().st_mtime_ns}" if isinstance(item, Path) else str(item)
+        whole.update(f"{name}\0{content}\n".encode(errors="surrogatepass"))
+    key = whole.hexdigest()
+    path = layout.work / f"reference-{version.version}.npz"
+    kept = _kept(path, key)
+    if kept is None:
+        vectors, good = _vectors(version.model, rows.items)
+        inputs = _gauged(version.model, [rows.items[place] for place in good])
+        kept = {"vectors": vectors, "good": np.array(good, np.int64)}
+        kept |= {f"input:{name}": values for name, values in inputs.items()}
+        with unwritable_named(path):
+            layout.work.mkdir(parents=True, exist_ok=True)
+            for old in layout.work.glob("reference-*.npz"):
+                old.unlink(missing_ok=True)
+            with tempfile.NamedTemporaryFile(dir=layout.work, suffix=".npz.partial", delete=False) as file:
+                np.savez(file, allow_pickle=False, key=np.array(key), **kept)
+            Path(file.name).replace(path)
+    inputs = {name[6:]: values for name, values in kept.items() if name.startswith("input:")}
+    return _side(version.model, rows.chosen(kept["good"].tolist()), kept["vectors"], inputs)
+
+
+def _kept(path: Path, key: str) -> dict[str, np.ndarray[Any, Any]] | None:
+    """The arrays of a file that was written for this key."""
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file) if str(file["key"]) == key else None
+
+
+def _promised(version: Version) -> dict[str, dict[str, float | None]]:
+    """The version's test figures with their intervals, as registering logged them."""
+    logged = promotion.opened().get_run(version.run_id).data.metrics
+    return {
+        metric: {key: logged.get(f"test.{metric}.{key}") for key in ("value", "low", "high")}
+        for metric in METRICS
+        if f"test.{metric}.value" in logged
+    }
+
+
+def _measured(recipe: Recipe, version: Version, side: Side, rows: Rows) -> dict[str, dict[str, float | None]]:
+    """The same figures of the recent rows whose labels are known; empty if those are too few."""
+    some = np.flatnonzero(np.isfinite(side.right))
+    if len(some) < drift.FEWEST:
+        return {}
+    model = version.model
+    probabilities = side.probabilities[some]
+    return intervals(
+        positions([rows.labels[place] for place in some], model.classes),
+        probabilities,
+        np.array([(rows.groups or rows.names)[place] for place in some]),
+        named=model.decision.named(probabilities),
+        resamples=recipe.evaluate.resamples,
+        confidence=recipe.evaluate.confidence,
+        seed=recipe.train.seed,
+    )
