@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-fast lint format bench-features bench-finetune bench-few-labels bench-sentiment bench-adaptation bench-predict bench-serve reference lock clean
+.PHONY: help setup demo test test-fast lint format bench-features bench-finetune bench-few-labels bench-sentiment bench-adaptation bench-predict bench-serve bench-drift reference lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -65,6 +65,9 @@ bench-sentiment: $(READY) ## compare sentiment with rules (after both sentiment 
 
 bench-serve: $(READY) ## measure serving against mlflow models serve (after make demo)
 	python benchmarks/serve.py
+
+bench-drift: $(READY) ## measure how often the monitor alarms, with and without drift (after make demo)
+	python benchmarks/drift.py
 
 reference: $(READY) ## write the JSON schema and the generated reference pages anew
 	python docs/reference/generate.py

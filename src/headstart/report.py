@@ -11,6 +11,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from headstart.stages import SECONDS
 if TYPE_CHECKING:
     from headstart.attributions import Attribution
 
+DRIFT = "drift.html"  # beside the report
 MISTAKES = 12
 THUMBNAIL = 256  # pixels a side
 MOST_CURVES = 8  # more than a reader can tell apart
@@ -91,15 +93,18 @@ def write(recipe: Recipe, layout: Layout, verdict: dict[str, Any] | None = None)
         "data": _data(said, layout),
         "lineage": _lineage(recipe, layout, said.model),
     }
-    html = _template().render(page)
+    html = template("report.html.jinja").render(page)
     described = card.card(recipe, layout, said.metrics)
     with written_whole(layout.report) as folder:
+        if (drift := layout.report / DRIFT).exists():  # about the champion: what monitors it, replaces it
+            shutil.copy2(drift, folder)
         (folder / "report.html").write_text(html, encoding="utf-8")
         (folder / "model-card.md").write_text(described, encoding="utf-8")
     return layout.report / "report.html"
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """A page of this package, that escapes all it is given, with filters for figures."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     page = Environment(
@@ -119,7 +124,7 @@ def _template() -> Any:
         "interval": _interval,
     }
     page.filters |= filters
-    return page.get_template("report.html.jinja")
+    return page.get_template(name)
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -257,6 +262,7 @@ class Series:
     points: list[tuple[float, float]]
     look: str  # a class of the template's stylesheet
     dots: list[float] = field(default_factory=list)  # radius of a dot at each point, if there are any
+    line: bool = True  # whether a line joins the points
 
 
 @dataclass(frozen=True)
@@ -599,10 +605,11 @@ def _of_image(path: Path, found: Attribution) -> dict[str, Any]:
     share = 0.7 * heat[..., None]
     grey = pixels.mean(axis=2, keepdims=True) * 0.8
     over = grey * (1 - share) + 255 * colormaps["inferno"](heat)[..., :3] * share
-    return {"picture": _inline(pixels), "over": _inline(over.round().astype(np.uint8))}
+    return {"picture": inline(pixels), "over": inline(over.round().astype(np.uint8))}
 
 
-def _inline(pixels: NDArray[np.uint8]) -> str:
+def inline(pixels: NDArray[np.uint8]) -> str:
+    """A picture, uint8 [height, width, 3], as a data: URI."""
     from PIL import Image
 
     sink = io.BytesIO()
