@@ -222,6 +222,7 @@ def _check_rows(rows: pd.DataFrame, known: pd.DataFrame, folder: Path, options: 
         inside = rows["path"].str.replace(r"^\.batches/[^/]+/", "", regex=True).fillna("").tolist()
         tables.append(validation.look_at(folder, inside, options.min_image_side).broken)
     found = pd.concat(tables, ignore_index=True)
+    found["id"] = found["id"].str.replace(rf"^(\.batches/{folder.name}/|{folder.name}: )", "", regex=True)
     remedy = found["rule"].map(schemas.REMEDY | REMEDY)
     return found.assign(do=remedy.fillna(found["do"])).astype("str")
 

@@ -1,0 +1,138 @@
+"""Receiving through DVC: what is good is versioned and pushed, what is bad leaves the version as it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests import examples
+from tests.conftest import Project, clone
+from tests.test_inbox import digest, files
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory: pytest.TempPathFactory, session_environment: dict[str, str]) -> Project:
+    """A text project whose source is validated, with a remote."""
+    project = clone(tmp_path_factory.mktemp("receive") / "project", session_environment)
+    examples.write_text_project(project.root)
+    recipe = project.root / "recipes/moods.yaml"
+    recipe.write_text(recipe.read_text().replace('moods.csv"}', 'moods.csv", "settle": 0.5}', 1))
+    project.ok("headstart", "ingest", "recipes/moods.yaml")
+    project.ok("dvc", "repro", "validate@moods")
+    return project
+
+
+@pytest.fixture
+def project(validated: Project, tmp_path: Path) -> Project:
+    copy = validated.copy(tmp_path / "project")
+    copy.ok("dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
+    return copy
+
+
+def manifest(project: Project) -> pd.DataFrame:
+    return pd.read_parquet(project.root / "manifest/moods/manifest.parquet")
+
+
+def versioned(project: Project) -> str:
+    return (project.root / "data.dvc").read_text() + digest(project.root / "data")
+
+
+def test_a_good_batch_is_versioned_pushed_and_moves_no_row_and_outlives_a_changed_source(
+    project: Project, tmp_path: Path
+) -> None:
+    before = manifest(project).set_index("id")["split"]
+    examples.write_texts(project.root / "inbox/moods/monday.csv", 60, start=240)
+    printed = project.ok("headstart", "receive", "recipes/moods.yaml")
+    assert printed.splitlines()[-1] == "moods: batches: 1 accepted (monday), pushed"
+    assert project.ok("dvc", "status", "data.dvc", "--json").strip() == "{}"
+    assert files(project.root / "inbox/moods") == []
+    project.ok("dvc", "repro", "validate@moods")
+    rows = manifest(project).set_index("id")
+    assert len(rows) == 300
+    assert rows.loc[before.index, "split"].equals(before)
+
+    examples.write_texts(project.root / "inbox/moods.csv", 280)  # of which 40 are those of the batch
+    project.ok("headstart", "ingest", "recipes/moods.yaml")
+    project.ok("dvc", "repro", "validate@moods")
+    after = manifest(project).set_index("id")
+    assert after["batch"].value_counts().to_dict() == {"": 280, "monday": 60}
+    assert after.loc[before.index, "split"].equals(before)
+
+    shutil.rmtree(project.root / "data")  # as in a fresh clone
+    shutil.rmtree(project.root / ".dvc/cache")
+    project.ok("git", "checkout", "--quiet", "--", ".gitignore")
+    (project.root / "inbox/moods.csv").unlink()
+    project.ok("dvc", "pull", "data/moods/.batches")
+    assert files(project.root / "data/moods/.batches") == ["monday/.batch.json", "monday/monday.csv"]
+
+
+def test_a_bad_batch_leaves_the_versioned_data_as_they_are_to_the_byte(project: Project) -> None:
+    before = versioned(project)
+    bad = project.root / "inbox/moods/monday.csv"
+    bad.parent.mkdir()
+    bad.write_text("body,mood,shop\n" + "fine,angry,a\n" * 30)
+    done = project("headstart", "receive", "recipes/moods.yaml")
+    assert done.returncode == 1
+    assert "the batch monday is rejected: 30 failures" in done.stderr
+    assert "... and 10 more" in done.stderr
+    assert "quarantine/moods/monday/reasons.csv" in done.stderr
+    assert versioned(project) == before
+    assert len(pd.read_csv(project.root / "quarantine/moods/monday/reasons.csv")) == 30
+    again = project("headstart", "receive", "recipes/moods.yaml")  # it is told once
+    assert (again.returncode, again.stdout) == (0, "moods: batches: none\n")
+    assert versioned(project) == before
+
+
+ASKED = """
+import asyncio, json, sys
+from datetime import timedelta
+from prefect import flow
+from prefect.client.orchestration import get_client
+from headstart.layout import Layout
+from headstart.recipe import load
+from flows.watch import watch
+from tasks.receive import receive
+from pathlib import Path
+
+@flow
+def both():
+    received = receive(load("recipes/moods.yaml"), Layout(Path.cwd(), "moods"), wait=True)
+    return received.accepted, list(received.rejected)
+
+said = [watch("moods") for _ in range(2)]
+print(json.dumps(said + [both(), watch("moods")]))
+"""
+
+
+def test_watching_tells_of_a_batch_once_and_a_rejected_one_stops_no_flow(project: Project) -> None:
+    recipe = project.root / "recipes/moods.yaml"
+    recipe.write_text(recipe.read_text().replace("0.5", "0"))
+    examples.write_texts(project.root / "inbox/moods/good.csv", 60, start=240)
+    (project.root / "inbox/moods/bad.csv").write_text("body,mood,shop\nfine,angry,a\n")
+    (project.root / "inbox/moods/late.csv.part").write_text("body,mood,shop\n")
+    told = project.root / "told.jsonl"
+    # Whatever is sent to Prefect's server is written down on its way.
+    tap = (
+        "import prefect.events, json\n"
+        "sent = prefect.events.emit_event\n"
+        "def emit_event(**event):\n"
+        f"    print(json.dumps(event), file=open({str(told)!r}, 'a'))\n"
+        "    return sent(**event)\n"
+        "prefect.events.emit_event = emit_event\n"
+    )
+    printed = project.ok("python", "-c", tap + ASKED)
+    first, second, received, last = json.loads(printed.strip().splitlines()[-1])
+    assert first == second == "moods: 2 to take in (bad.csv, good.csv)"
+    assert received == [["good"], ["bad"]]
+    assert last == "moods: nothing in the inbox"
+    events = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [event["event"] for event in events] == ["headstart.data.changed", "headstart.data.rejected"]
+    assert events[0]["payload"]["batches"] == ["bad.csv", "good.csv"]
+    assert events[1]["payload"]["batch"] == "bad"
+    assert all(event["resource"]["prefect.resource.id"] == "headstart.recipe.moods" for event in events)
