@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-fast lint format bench-features bench-finetune bench-few-labels bench-sentiment bench-adaptation bench-predict bench-serve reference lock clean
+.PHONY: help setup demo test test-fast test-stack lint format bench-features bench-finetune bench-few-labels bench-sentiment bench-adaptation bench-predict bench-serve reference lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -24,12 +24,15 @@ demo: $(READY) ## run both example recipes, from raw data to registered models
 	headstart run recipes/solar-cells.yaml recipes/sentiment.yaml
 	@cat evidence/solar-cells/summary.md evidence/sentiment/summary.md
 
-test: $(READY) ## run all tests: fast ones first, then slow ones
-	pytest -m "not slow" -n 2
-	pytest -m slow -n 2 --dist loadfile
+test: $(READY) ## run all tests but those of test-stack: fast ones first, then slow ones
+	pytest -m "not slow and not stack" -n 2
+	pytest -m "slow and not stack" -n 2 --dist loadfile
 
 test-fast: $(READY) ## run the fast tests only
-	pytest -m "not slow" -n 2
+	pytest -m "not slow and not stack" -n 2
+
+test-stack: $(READY) ## kill parts of a running stack and see the work done all the same
+	pytest -m stack
 
 lint: $(READY) ## check style and types
 	ruff check .
