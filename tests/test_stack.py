@@ -67,9 +67,11 @@ def test_a_schedule_trains_once_then_finds_nothing_to_do_and_the_stack_ends_with
 
 
 def start(running: Stack) -> None:
-    """Ask for a retraining."""
-    found = running.ask("deployments/filter", {"deployments": {"name": {"any_": ["moods"]}}})
-    running.ask(f"deployments/{found[0]['id']}/create_flow_run", {"parameters": {"reason": "a test"}})
+    """Ask for a retraining, once, however often a busy server has to be asked."""
+    moods = {"deployments": {"name": {"any_": ["moods"]}}}
+    (found,) = running.wait(lambda: running.ask("deployments/filter", moods), "deployment")
+    asked = {"parameters": {"reason": "a test"}, "idempotency_key": "once"}
+    running.wait(lambda: running.ask(f"deployments/{found['id']}/create_flow_run", asked), "run")
 
 
 def completes(running: Stack) -> None:
