@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-fast test-stack lint format bench-features bench-finetune bench-few-labels bench-sentiment bench-adaptation bench-predict bench-serve reference lock clean
+.PHONY: help setup demo test test-fast test-stack lint format bench-features bench-finetune bench-few-labels bench-sentiment bench-adaptation bench-predict bench-serve bench-overhead reference lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -68,6 +68,9 @@ bench-sentiment: $(READY) ## compare sentiment with rules (after both sentiment 
 
 bench-serve: $(READY) ## measure serving against mlflow models serve (after make demo)
 	python benchmarks/serve.py
+
+bench-overhead: $(READY) ## measure what Prefect adds to a run, a skipped run, and an idle stack's memory
+	python benchmarks/overhead.py
 
 reference: $(READY) ## write the JSON schema and the generated reference pages anew
 	python docs/reference/generate.py
