@@ -1,7 +1,7 @@
-"""What running by itself costs: a run's time beside its steps' own, a skipped run, and an idle stack's memory.
+"""What running by itself costs: a run's time beside its steps' own, a skipped run, an idle stack's memory.
 
-Run it anywhere with ``make bench-overhead``: it makes small projects of its own in a temporary folder. A run is
-timed from the command's first moment to its last, in a fresh project. Its steps are what the run itself
+Run it anywhere with ``make bench-overhead``: it makes small projects of its own in a temporary folder. A run
+is timed from the command's first moment to its last, in a fresh project. Its steps are what the run itself
 timed: each stage in a process of its own, through DVC, and ingest, register, promote and report.
 """
 
