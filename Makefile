@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-fast lint format bench-features bench-finetune bench-few-labels bench-sentiment bench-adaptation bench-predict bench-serve bench-drift reference lock clean
+.PHONY: help setup demo test test-fast test-stack lint format bench-features bench-finetune bench-few-labels bench-sentiment bench-adaptation bench-predict bench-serve bench-drift bench-gate demo-loop bench-overhead reference lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -24,12 +24,18 @@ demo: $(READY) ## run both example recipes, from raw data to registered models
 	headstart run recipes/solar-cells.yaml recipes/sentiment.yaml
 	@cat evidence/solar-cells/summary.md evidence/sentiment/summary.md
 
-test: $(READY) ## run all tests: fast ones first, then slow ones
-	pytest -m "not slow" -n 2
-	pytest -m slow -n 2 --dist loadfile --durations 20
+demo-loop: $(READY) ## another kind of cell, and of text, arrives without labels (after make demo)
+	python benchmarks/closed_loop.py
+
+test: $(READY) ## run all tests but those of test-stack: fast ones first, then slow ones
+	pytest -m "not slow and not stack" -n 2
+	pytest -m "slow and not stack" -n 2 --dist loadfile --durations 20
 
 test-fast: $(READY) ## run the fast tests only
-	pytest -m "not slow" -n 2
+	pytest -m "not slow and not stack" -n 2
+
+test-stack: $(READY) ## kill parts of a running stack and see the work done all the same
+	pytest -m stack
 
 lint: $(READY) ## check style and types
 	ruff check .
@@ -60,6 +66,9 @@ bench-adaptation: $(READY) .venv-peers/.ready ## measure every way to adapt, our
 bench-predict: $(READY) ## measure predicting many rows against asking row by row (after make demo)
 	python benchmarks/predict.py
 
+bench-gate: $(READY) ## try a worse, an equal and a better candidate (after running sentiment-tuned)
+	python benchmarks/gate.py
+
 bench-sentiment: $(READY) ## compare sentiment with rules (after both sentiment recipes have run)
 	python benchmarks/sentiment.py
 
@@ -68,6 +77,9 @@ bench-serve: $(READY) ## measure serving against mlflow models serve (after make
 
 bench-drift: $(READY) ## measure how often the monitor alarms, with and without drift (after make demo)
 	python benchmarks/drift.py
+
+bench-overhead: $(READY) ## measure what Prefect adds to a run, a skipped run, and an idle stack's memory
+	python benchmarks/overhead.py
 
 reference: $(READY) ## write the JSON schema and the generated reference pages anew
 	python docs/reference/generate.py

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from headstart import environment, runs
+from headstart import environment, processes, runs
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -27,8 +27,10 @@ POOL = "headstart"
 def recoverable(root: Path) -> Iterator[None]:
     """Around the work of a flow: dead runs of the project are settled first, and this one is written down."""
     from prefect import get_run_logger
-    from prefect.runtime import flow_run
+    from prefect.runtime import deployment, flow_run
 
+    if deployment.id:  # without its worker nobody could cancel it, and it would meet its own second try
+        processes.die_with_parent()
     log = get_run_logger()
     try:
         recover(root, log.warning)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import psutil
+
+from headstart import processes
 from headstart.errors import HeadstartError
 from headstart.progress import TERMINAL
 from headstart.stages import ERROR_FILE
@@ -181,10 +185,14 @@ def _dvc(
             command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process:
             assert process.stdout is not None
-            for line in process.stdout:
-                lines.append(line.rstrip())
-                if lines[-1] and not line.startswith(HINTS):
-                    log(lines[-1])
+            try:
+                for line in process.stdout:
+                    lines.append(line.rstrip())
+                    if lines[-1] and not line.startswith(HINTS):
+                        log(lines[-1])
+            except BaseException:  # a timeout or a stop: the stage would run on, and be waited for
+                processes.end(psutil.Process(process.pid), signal.SIGTERM)
+                raise
         if process.returncode == 0:
             return lines
         if error_file and error_file.exists():

@@ -8,7 +8,6 @@ Never runs a flow itself, and leaves no process behind.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import logging.handlers
 import os
@@ -23,10 +22,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 from filelock import FileLock, Timeout
 
-from headstart import environment, runs
+from headstart import environment, processes, runs
 from headstart.errors import HeadstartError
 
 HOST = "127.0.0.1"
@@ -38,7 +36,6 @@ PATIENCE = 180.0  # seconds for a server to answer
 GRACE = 15.0  # seconds to end in
 SETTLED = 15.0  # seconds in which a worker tells Prefect itself that a run of its own has died
 LOG_BYTES = 5_000_000
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 # With Prefect's default, which lives in its server's memory, a restart of the server would end every run
 # whose deployment limits how many run at once.
@@ -103,7 +100,7 @@ class Stack:
             "mlflow",
             [
                 *[sys.executable, "-m", "mlflow", "server", "--workers", "1"],
-                *["--host", HOST, "--port", str(mlflow_port)],
+                *["--host", HOST, "--port", str(mlflow_port), "--uvicorn-opts", "--log-level=warning"],
             ],
             f"http://{HOST}:{mlflow_port}/health",
         )
@@ -115,7 +112,7 @@ class Stack:
 
     def run(self) -> None:
         """Start everything in its order, then watch over it; ends with ``SystemExit``."""
-        _adopt()
+        processes.adopt_orphans()
         before = {each: signal.signal(each, _stop) for each in (signal.SIGINT, signal.SIGTERM)}
         try:
             self.start(self.prefect)
@@ -130,8 +127,9 @@ class Stack:
                     do="mend what the lines above name",
                 )
             self.start_worker()
-            self.say(f"ready: Prefect at {self.prefect.health.removesuffix('/api/health')}, ")
-            self.say(f"ready: MLflow at {self.mlflow.health.removesuffix('/health')}; Ctrl-C stops both")
+            self.say(f"Prefect: {self.prefect.health.removesuffix('/api/health')}")
+            self.say(f"MLflow:  {self.mlflow.health.removesuffix('/health')}")
+            self.say("everything runs; Ctrl-C stops it")
             while True:
                 self.watch()
                 time.sleep(TICK)
@@ -204,7 +202,7 @@ class Stack:
             text=True,
             errors="replace",
             start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others in their order
-            preexec_fn=_die_with_parent,  # noqa: PLW1509  # calls nothing but the kernel
+            preexec_fn=processes.die_with_parent,  # noqa: PLW1509  # calls nothing but the kernel
         )
         threading.Thread(target=self.listen, args=(name, process), daemon=True).start()
         return process
@@ -257,10 +255,8 @@ class Stack:
 
     def end_orphans(self) -> None:
         """End what a dead part or a dead run left: this process has become its parent."""
-        own = {part.process.pid for part in (self.prefect, self.mlflow, self.worker) if part.process}
-        for child in psutil.Process().children():
-            if child.pid not in own:
-                _end(child)
+        parts = (self.prefect, self.mlflow, self.worker)
+        processes.end_orphans({part.process.pid for part in parts if part.process})
 
     def stop(self) -> None:
         """End the worker first, which ends its runs, then the servers, then whatever is left."""
@@ -272,8 +268,7 @@ class Stack:
             for process in living:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(GRACE)
-        for child in psutil.Process().children():
-            _end(child)
+        processes.end_orphans(set())
         for logger in self.logs.values():
             for handler in logger.handlers:
                 handler.close()
@@ -327,28 +322,3 @@ def _free(port: int, option: str) -> None:
 
 def _stop(number: int, frame: object) -> None:
     raise SystemExit(0)
-
-
-_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to end this process when its parent is gone, however that came about."""
-    if _LIBC is not None:
-        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _adopt() -> None:
-    """Ask Linux to make this process the parent of whatever its descendants leave behind."""
-    if _LIBC is not None:
-        _LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)
-
-
-def _end(process: psutil.Process) -> None:
-    """End a process and all below it, and take note of its end, or it would stay as a zombie."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for each in [process, *process.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(process.pid, 0)

@@ -1,0 +1,136 @@
+"""What running by itself costs: a run's time beside its steps' own, a skipped run, an idle stack's memory.
+
+Run it anywhere with ``make bench-overhead``: it makes small projects of its own in a temporary folder. A run
+is timed from the command's first moment to its last, in a fresh project. Its steps are what the run itself
+timed: each stage in a process of its own, through DVC, and ingest, register, promote and report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import psutil
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests import conftest, stacks  # noqa: E402  # the small text project
+
+ROUNDS = 3
+IDLE = 30.0  # seconds after which a stack that has come up is at rest
+RESULTS = Path(__file__).parent / "results"
+STEPS = """
+import json
+from prefect.client.orchestration import get_client
+with get_client(sync_client=True) as client:
+    found = max(client.read_artifacts(), key=lambda each: each.created)
+    print(json.dumps({row["step"]: float(row["seconds"]) for row in json.loads(found.data)}))
+"""
+
+
+def fresh(folder: Path) -> conftest.Project:
+    """A small project that has not run yet."""
+    folder.mkdir()
+    project = conftest.clone(folder / "project", conftest.isolated(folder))
+    stacks.write_project(project.root)
+    return project
+
+
+def timed(project: conftest.Project) -> tuple[float, float]:
+    """Seconds of one run, and of its steps."""
+    start = time.perf_counter()
+    project.ok("headstart", "--quiet", "run", "recipes/moods.yaml")
+    wall = time.perf_counter() - start
+    steps = json.loads(project.ok("python", "-c", STEPS).splitlines()[-1])
+    return wall, sum(steps.values())
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+@contextmanager
+def up(project: conftest.Project) -> Iterator[int]:
+    """A running stack in the project, whose runs go there from now on."""
+    port, mlflow = free_port(), free_port()
+    log = project.root / "up.log"
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            ["headstart", "up", "--port", str(port), "--mlflow-port", str(mlflow)],
+            cwd=project.root,
+            env=project.environment,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+        )
+    while not re.search(r"Worker .* started", log.read_text()):
+        if process.poll() is not None:
+            raise SystemExit(log.read_text())
+        time.sleep(0.2)
+    project.environment |= {
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow}",
+    }
+    yield process.pid
+    process.send_signal(signal.SIGTERM)
+    process.wait(90)
+
+
+def memory(pid: int) -> dict[str, float]:
+    """Megabytes of a process and all below it: what would be free without them, and as `ps` counts."""
+    every = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    full = [each.memory_full_info() for each in every]
+    return {
+        "proportional": sum(each.pss for each in full) / 1e6,
+        "resident": sum(each.rss for each in full) / 1e6,
+    }
+
+
+def main() -> None:
+    rows, idle = [], {}
+    with tempfile.TemporaryDirectory() as base:
+        for number in range(ROUNDS):
+            for server in ("its own", "running"):
+                project = fresh(Path(base) / f"{number}-{server.replace(' ', '-')}")
+                if server == "its own":
+                    measured = [timed(project), timed(project)]
+                else:
+                    with up(project) as pid:
+                        if not idle:
+                            time.sleep(IDLE)
+                            idle = memory(pid)
+                        measured = [timed(project), timed(project)]
+                for run, (wall, steps) in zip(("first", "skipped"), measured, strict=True):
+                    rows.append({"server": server, "run": run, "wall s": wall, "steps s": steps})
+    table = pd.DataFrame(rows)
+    table["overhead s"] = table["wall s"] - table["steps s"]
+    medians = table.groupby(["server", "run"], as_index=False).median()
+    load = statistics.fmean(os.getloadavg())
+    print(f"medians of {ROUNDS}, {os.cpu_count()} cores, load at the end {load:.1f}\n")
+    print(medians.to_string(index=False, float_format="{:.1f}".format))
+    print("\nidle stack: " + ", ".join(f"{value:.0f} MB {kind}" for kind, value in idle.items()))
+    figures = {
+        f"{line['server'].replace(' ', '_')}_server_{line['run']}_{key}": round(line[column], 1)
+        for line in medians.to_dict("records")
+        for key, column in (("wall_s", "wall s"), ("steps_s", "steps s"), ("overhead_s", "overhead s"))
+    }
+    figures |= {f"idle_{kind}_mb": round(value) for kind, value in idle.items()}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "overhead.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
