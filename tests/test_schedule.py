@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,12 +16,46 @@ import yaml
 
 from tests import examples
 from tests.conftest import Project, isolated
-from tests.processes import answers, running
 from tests.servers import free_port
 
 pytestmark = pytest.mark.slow
 
 PATIENCE = 180  # seconds: a cron of every minute, a cold start, and a slow machine
+
+
+@contextmanager
+def running(project: Project, *command: str, environment: dict[str, str], log: Path) -> Iterator[None]:
+    """A process and all its children, gone at the end."""
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            command,
+            cwd=project.root,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            yield
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for_server(api: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            with urllib.request.urlopen(f"{api}/health", timeout=5):
+                return
+        except OSError:
+            assert time.monotonic() < deadline, "the server does not come up"
+            time.sleep(0.5)
 
 
 def test_a_cron_schedule_fires_and_the_scheduled_run_registers_a_model(
@@ -36,12 +75,12 @@ def test_a_cron_schedule_fires_and_the_scheduled_run_registers_a_model(
     environment = isolated(tmp_path) | {"PREFECT_API_URL": api, "DO_NOT_TRACK": "true"}
     server = ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
     worker = ("prefect", "worker", "start", "--pool", "headstart", "--type", "process")
-    with running(*server, environment=environment, log=tmp_path / "server.log"):
-        answers(f"{api}/health", PATIENCE)
+    with running(project, *server, environment=environment, log=tmp_path / "server.log"):
+        wait_for_server(api)
         here = Project(project.root, environment)
         here.ok("prefect", "work-pool", "create", "headstart", "--type", "process")
         here.ok("prefect", "--no-prompt", "deploy", "--all")
-        with running(*worker, folder=project.root, environment=environment, log=tmp_path / "worker.log"):
+        with running(project, *worker, environment=environment, log=tmp_path / "worker.log"):
             deadline = time.monotonic() + PATIENCE
             while not (states := scheduled_runs(here)).get("Completed"):
                 assert "Failed" not in states and "Crashed" not in states, (
