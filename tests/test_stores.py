@@ -1,11 +1,13 @@
 """Production stores: Prefect and MLflow on PostgreSQL, data and models on S3, each of them the real thing.
 
-The servers are those of deploy/compose.yaml, its commands with its variables, as processes without containers.
+The servers are those of deploy/compose.yaml, with its commands and variables, as processes of this machine.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -14,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -29,6 +32,7 @@ pytestmark = pytest.mark.slow
 
 PATIENCE = 180
 COMPOSE = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text(encoding="utf-8"))
+PAGE = (ROOT / "docs/how-to/production.md").read_text(encoding="utf-8")
 HOSTS = "|".join(COMPOSE["services"])
 VALUES = KEYS | {"POSTGRES_PASSWORD": "a-password", "HEADSTART_USER": "1000:1000"}
 
@@ -37,6 +41,8 @@ VALUES = KEYS | {"POSTGRES_PASSWORD": "a-password", "HEADSTART_USER": "1000:1000
 class Running:
     """What a machine needs to know of the servers that run."""
 
+    plain: dict[str, str]  # the environment of any process
+    ports: dict[str, int]  # by the port that compose gives
     worker: dict[str, str]  # the environment of compose's worker
     database: str  # URI of PostgreSQL, up to the name of the database
     mlflow: str
@@ -44,6 +50,21 @@ class Running:
 
 def command(service: str) -> list[str]:
     return [str(word) for word in COMPOSE["services"][service]["command"]]
+
+
+def health(service: str, ports: dict[str, int]) -> str:
+    """The address that compose's health check asks."""
+    found = re.search(
+        r"http://127\.0\.0\.1:(\d+)(/[\w/]+)", COMPOSE["services"][service]["healthcheck"]["test"][-1]
+    )
+    assert found
+    return f"http://127.0.0.1:{ports[found[1]]}{found[2]}"
+
+
+def documented(service: str) -> list[str]:
+    """The commands that docs/how-to/production.md runs in a service's container."""
+    pattern = rf"^docker compose -f deploy/compose.yaml (?:exec|run)(?: -T| --rm)? {service} (.+)$"
+    return re.findall(pattern, PAGE, re.MULTILINE)
 
 
 def variables(service: str, ports: dict[str, int]) -> dict[str, str]:
@@ -66,16 +87,21 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         objects = stack.enter_context(s3(folder, plain, command("s3")))
         begin(database, "CREATE ROLE headstart SUPERUSER LOGIN; CREATE DATABASE straight")
         begin(database, COMPOSE["configs"]["databases"]["content"])
-        found = [database, objects["AWS_ENDPOINT_URL_S3"]]
-        known = [int(re.search(r":(\d+)", uri.rpartition("@")[2])[1]) for uri in found]  # type: ignore[index]
-        ports = dict(zip(("5432", "8333", "4200", "5000"), (*known, free_port(), free_port()), strict=True))
+        ports = {name: free_port() for name in ("4200", "5000", "8080")}
+        for name, uri in (("5432", database), ("8333", objects["AWS_ENDPOINT_URL_S3"])):
+            ports[name] = urlsplit(uri).port or 0
         for name in ("mlflow", "prefect"):
             told = plain | variables(name, ports)
             stack.enter_context(running(*command(name), environment=told, log=folder / f"{name}.log"))
-        mlflow = f"http://127.0.0.1:{ports['5000']}"
-        answers(f"{mlflow}/health", PATIENCE)
-        answers(f"http://127.0.0.1:{ports['4200']}/api/health", PATIENCE)
-        yield Running(plain | variables("worker", ports), database.removesuffix("/postgres"), mlflow)
+        answers(health("mlflow", ports), PATIENCE)
+        answers(health("prefect", ports), PATIENCE)
+        yield Running(
+            plain,
+            ports,
+            plain | variables("worker", ports),
+            database.removesuffix("/postgres"),
+            f"http://127.0.0.1:{ports['5000']}",
+        )
 
 
 def begin(database: str, statements: str) -> None:
@@ -105,7 +131,7 @@ def first(servers: Running, tmp_path_factory: pytest.TempPathFactory) -> Project
         validate={"adapter": "table", "columns": {"text": "body", "label": "mood", "domain": "shop"}},
         fetch={"backbone": "transformers:bert", "source": f"file:{folder}/shared/bert"},
     )
-    project.ok("dvc", "remote", "add", "--default", "store", f"s3://{BUCKET}/dvc")
+    project.ok(*documented("worker")[0].split())
     printed = project.ok("headstart", "run", "recipes/moods.yaml")
     assert "registered as moods version 1" in printed
     project.ok("dvc", "push")
@@ -203,11 +229,11 @@ say(lambda: models.load("moods", "7"))
 
 
 def test_without_an_mlflow_server_the_default_artifact_root_says_where_and_refusals_are_in_words(
-    first: Project, servers: Running, closed: str
+    first: Project, servers: Running
 ) -> None:
     uri = f"{servers.database}/straight".replace("//postgres@", "//postgres:a-password@")
+    closed = f"http://127.0.0.1:{free_port()}"
     told = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_REGISTRY_URI": uri, "AWS_MAX_ATTEMPTS": "1"}
-    first.ok("mlflow", "db", "upgrade", uri)
     done = first(sys.executable, "-c", STRAIGHT, f"s3://{BUCKET}/straight/", closed, extra=told)
     assert done.returncode == 0, done.stderr
     nowhere, refused, registered, lost, named, missing = done.stdout.splitlines()
@@ -219,3 +245,78 @@ def test_without_an_mlflow_server_the_default_artifact_root_says_where_and_refus
     assert missing.startswith("the registry has no moods version 7")
     assert "a-password" not in done.stdout
     assert any(re.fullmatch(r"straight/moods/.*/MLmodel", key) for key in keys(first.environment))
+
+
+def test_a_backup_of_postgresql_can_be_restored_and_upgrading_what_is_current_changes_nothing(
+    first: Project, servers: Running, tmp_path: Path
+) -> None:
+    begin(f"{servers.database}/postgres", "CREATE DATABASE restored_mlflow; CREATE DATABASE restored_prefect")
+    ask_of_postgres = {"PGHOST": "127.0.0.1", "PGPORT": str(servers.ports["5432"])}
+    for service, done in (("prefect", 1), ("mlflow", 1), ("postgres", 4)):
+        assert len(documented(service)) == done
+        for line in documented(service):
+            told = servers.plain | ask_of_postgres
+            if service != "postgres":
+                told |= variables(service, servers.ports)
+            aside = line.replace("--dbname=", "--dbname=restored_")  # the servers go on meanwhile
+            ended = subprocess.run(
+                ["bash", "-c", aside], cwd=tmp_path, env=told, capture_output=True, text=True
+            )
+            assert ended.returncode == 0, (line, ended.stdout, ended.stderr)
+    questions = {
+        "mlflow": "SELECT alias, version FROM registered_model_aliases ORDER BY alias",
+        "prefect": "SELECT id, state_type FROM flow_run ORDER BY id",
+    }
+    for name, question in questions.items():
+        rows = ask(f"{servers.database}/restored_{name}", question)
+        assert rows and rows == ask(f"{servers.database}/{name}", question)
+
+
+def test_the_worker_makes_its_pool_and_the_deployments_wait_there(first: Project, servers: Running) -> None:
+    port = {"PREFECT_WORKER_WEBSERVER_PORT": str(servers.ports["8080"])}
+    log = first.root.parent / "worker.log"
+    told = first.environment | port
+    with running(*command("worker"), environment=told, log=log, folder=first.root):
+        answers(health("worker", servers.ports), PATIENCE)
+        first.ok(*documented("worker")[1].split())
+    pools = {found["work_pool_name"] for found in posted(servers, "deployments/filter")}
+    assert pools == {"headstart"}
+
+
+def posted(servers: Running, path: str) -> Any:
+    address = f"{servers.worker['PREFECT_API_URL']}/{path}"
+    request = urllib.request.Request(address, b"{}", {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
+RESOLVED = """
+import asyncio, json
+from pathlib import Path
+from prefect.workers.base import BaseJobConfiguration
+
+template = json.loads(Path("deploy/docker.json").read_text())
+found = asyncio.run(BaseJobConfiguration.from_template_and_values(template, {"env": {"MORE": "1"}}))
+print(json.dumps(found.env))
+"""
+
+
+def test_work_pools_are_made_from_the_job_templates_and_secrets_reach_the_runs(
+    first: Project, servers: Running
+) -> None:
+    commands = re.findall(r"^prefect work-pool create .+$", PAGE, re.MULTILINE)
+    for line in commands:
+        first.ok(*line.split())
+    types = {pool["name"]: pool["type"] for pool in posted(servers, "work_pools/filter")}
+    assert types.items() >= {("headstart-docker", "docker"), ("headstart-kubernetes", "kubernetes")}
+
+    (saving,) = re.findall(r"^```python\n(.+?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    told = json.loads(first.ok(sys.executable, "-c", saving + RESOLVED).splitlines()[-1])
+    secret = ("MLFLOW_REGISTRY_URI", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    assert {name: told[name] for name in secret} == {name: servers.worker[name] for name in secret}
+    assert told["MORE"] == "1"
+    # Beside the address of Prefect, which a worker hands on, a run has what compose's worker has.
+    worker = COMPOSE["services"]["worker"]["environment"]
+    assert told.keys() - {"MORE"} == worker.keys() - {"PREFECT_API_URL"}
+    plain = {name for name in worker.keys() & told.keys() if "$" not in worker[name]}
+    assert {name: told[name] for name in plain} == {name: worker[name] for name in plain}
