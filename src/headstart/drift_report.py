@@ -1,7 +1,7 @@
 """Drift report: one HTML page that says whether recent rows have drifted, in what, and which rows the most.
 
-Goes in: what ``monitoring`` found. Comes out: ``reports/R/drift.html``, which opens without a network. Decides
-nothing.
+Goes in: what ``monitoring`` found. Comes out: ``reports/R/drift.html``, which opens without a network.
+Decides nothing.
 """
 
 from __future__ import annotations
