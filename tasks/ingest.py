@@ -82,9 +82,33 @@ def brought(recipe: Recipe, layout: Layout, log: Callable[[str], None]) -> str:
             if earlier is not None:
                 (folder / EARLIER_SPLITS).write_bytes(earlier)
             (folder / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+            if layout.batches.exists():
+                unpushed(layout).touch()
         outcome = "ran"
-    versioning.version_data(layout.root, recipe.name, log)
+    version(recipe, layout, log)
     return outcome
+
+
+def version(recipe: Recipe, layout: Layout, log: Callable[[str], None]) -> bool:
+    """Version what is in ``data/<recipe>``, and push it if it holds batches; whether it was pushed.
+
+    A source can be fetched again, a batch cannot: a remote is where other machines find it.
+    """
+    versioning.version_data(layout.root, recipe.name, log)
+    if not unpushed(layout).exists():
+        return False
+    try:
+        pushed = versioning.push(layout.root, recipe.name, log)
+    except HeadstartError as error:  # no reason to wait with the rest: the next run pushes them
+        log(f"the data are versioned here, but not pushed: {error}")
+        return False
+    unpushed(layout).unlink()
+    return pushed
+
+
+def unpushed(layout: Layout) -> Path:
+    """A mark that there are batches which no remote has."""
+    return layout.work / "unpushed"
 
 
 def list_recipe(layout: Layout) -> None:

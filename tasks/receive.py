@@ -18,9 +18,8 @@ from headstart.errors import HeadstartError
 from headstart.layout import EARLIER_SPLITS, Layout
 from headstart.recipe import Recipe
 from headstart.validation import shown
-from tasks import versioning
 from tasks.events import emit
-from tasks.ingest import alone, brought, earlier_splits
+from tasks.ingest import alone, brought, earlier_splits, unpushed, version
 from tasks.stage import PATIENT
 
 
@@ -74,7 +73,6 @@ def take(recipe: Recipe, layout: Layout, log: Callable[[str], None], wait: bool 
     received = Received(recipe.name)
     with alone(layout):
         inbox.bring(recipe, layout)
-        unpushed = layout.work / "unpushed"
         names = inbox.pending(layout)
         if names and not layout.raw.exists():
             brought(recipe, layout, log)
@@ -82,20 +80,15 @@ def take(recipe: Recipe, layout: Layout, log: Callable[[str], None], wait: bool 
             reasons = inbox.check(recipe, layout, name)
             if reasons.empty:
                 _keep_splits(layout)
-                unpushed.touch()
+                unpushed(layout).touch()
                 inbox.accept(layout, name)
                 received.accepted.append(name)
                 log(f"batch {name} is accepted")
             else:
                 inbox.reject(layout, name, reasons)
                 received.rejected[name] = _told(reasons, layout, name)
-        if unpushed.exists():
-            versioning.version_data(layout.root, recipe.name, log)
-            try:
-                received.pushed = versioning.push(layout.root, recipe.name, log)
-                unpushed.unlink()
-            except HeadstartError as error:  # no reason to wait with the rest: the next run pushes them
-                log(f"the data are versioned here, but not pushed: {error}")
+        if unpushed(layout).exists():
+            received.pushed = version(recipe, layout, log)
     return received
 
 

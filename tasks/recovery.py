@@ -115,7 +115,17 @@ def _server() -> str:
     return str(url or "")
 
 
+def main() -> None:
+    """Look after dead runs once; a server that is away is no stack trace."""
+    import httpx
+
+    root = environment.project_root()
+    environment.prepare(root)
+    try:
+        recover(root, print, alone="--alone" in sys.argv)
+    except httpx.HTTPError as error:
+        sys.exit(f"the Prefect server does not answer: {error}")
+
+
 if __name__ == "__main__":
-    project = environment.project_root()
-    environment.prepare(project)
-    recover(project, print, alone="--alone" in sys.argv)
+    main()

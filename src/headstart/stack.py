@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import logging.handlers
+import math
 import os
 import signal
 import socket
@@ -108,7 +109,7 @@ class Stack:
             "worker", [*prefect, "worker", "start", "--pool", POOL, "--type", "process", "--name", POOL]
         )
         self.logs: dict[str, logging.Logger] = {}
-        self.seen: dict[str, float] = {}  # dead runs, and when they were first seen
+        self.dead: dict[str, float] = {}  # runs whose process is gone, and when to look after them
 
     def run(self) -> None:
         """Start everything in its order, then watch over it; ends with ``SystemExit``."""
@@ -181,9 +182,11 @@ class Stack:
     def settle(self, now: float) -> None:
         """Look after runs whose process died under a living worker, which has told Prefect by then."""
         dead = {run.id for run in runs.known(self.root) if run.dead()}
-        self.seen = {run: self.seen.get(run, now) for run in dead}
-        if any(now - SETTLED - TICK <= since <= now - SETTLED for since in self.seen.values()):
-            self.once("recovery", ["-m", "tasks.recovery"])
+        self.dead = {run: self.dead.get(run, now + SETTLED) for run in dead}
+        if any(due <= now for due in self.dead.values()):
+            failed = self.once("recovery", ["-m", "tasks.recovery"])
+            # What another server knows stays written down, and is not asked about again.
+            self.dead = dict.fromkeys(dead, now + SETTLED if failed else math.inf)
 
     def once(self, name: str, arguments: list[str]) -> int:
         """Run a command to its end."""
@@ -214,7 +217,10 @@ class Stack:
         for line in process.stdout:
             if text := line.rstrip():
                 log.info(text)
-                self.say(f"{name:<8} | {text}")
+                with contextlib.suppress(
+                    OSError
+                ):  # nobody listens; the process must not wait
+                    self.say(f"{name:<8} | {text}")
 
     def log(self, name: str) -> logging.Logger:
         """The file that keeps a part's lines: the latest, and as many again."""
@@ -297,7 +303,6 @@ def settings(root: Path, port: int, mlflow_port: int, given: Mapping[str, str]) 
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 2 GB, for what nothing here uses
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES,
         "PYTHONUNBUFFERED": "1",
-        "PYTHONWARNINGS": "ignore::DeprecationWarning,ignore::UserWarning",
     }
     here = {
         "PREFECT_API_URL": f"http://{HOST}:{port}/api",
