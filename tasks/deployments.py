@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 from uuid import UUID
 
-from headstart import sources
 from headstart.errors import HeadstartError
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def deploy(root: Path, notify: str, say: Callable[[str], None]) -> None:
             _work_pool(client)
             if notify:
                 _notify(client, notify)
-                say(f"notifications: {sources.redacted(notify)}")
+                say(f"notifications: {_public(notify)}")
     except httpx.TransportError as error:
         raise HeadstartError(
             "the Prefect server does not answer",
@@ -157,6 +156,12 @@ def _block(address: str) -> NotificationBlock:
         )
     raise HeadstartError(
         "nobody can be notified at this address",
-        where=sources.redacted(address),
+        where=_public(address),
         do="give one that Apprise knows, such as mailto://..., or a webhook's https:// address",
     )
+
+
+def _public(address: str) -> str:
+    """What may be printed of an address: any later part of it can be a secret."""
+    scheme, separator, _ = address.partition("://")
+    return f"{scheme}://..." if separator else address

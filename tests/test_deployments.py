@@ -170,7 +170,7 @@ def test_deploying_twice_leaves_one_of_each(
     once = automations(server)
     assert [each["name"] for each in once] == ["headstart-notify", "moods__automation_1"]
     printed = project.ok("headstart", "deploy", "--notify", f"json://{webhook[0]}")
-    assert printed.splitlines() == [f"notifications: json://{webhook[0]}", "retrain/moods: when asked"]
+    assert printed.splitlines() == ["notifications: json://...", "retrain/moods: when asked"]
     assert without_ids(automations(server)) == without_ids(once)
     assert deployment(server)["id"] == found["id"]
     assert len(server.ask("work_pools/filter", {})) == 1

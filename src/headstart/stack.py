@@ -217,9 +217,7 @@ class Stack:
         for line in process.stdout:
             if text := line.rstrip():
                 log.info(text)
-                with contextlib.suppress(
-                    OSError
-                ):  # nobody listens; the process must not wait
+                with contextlib.suppress(OSError):  # nobody listens; the process must not wait
                     self.say(f"{name:<8} | {text}")
 
     def log(self, name: str) -> logging.Logger:
