@@ -335,6 +335,7 @@ def test_a_batch_is_rejected_whole_with_every_reason_and_touches_nothing(tmp_pat
         ("", "readable", "no column"),
         ("id,label\nnobody,happy\n", "known_id", "no row"),
         ("id,label\n,happy\n", "value_missing", "no id"),
+        ("id,label\n", "usable_rows", "no labels"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_said(text: str, rule: str, words: str, tmp_path: Path) -> None:

@@ -229,6 +229,8 @@ def _check_rows(rows: pd.DataFrame, known: pd.DataFrame, folder: Path, options: 
 
 def _check_labels(labels: pd.DataFrame, known: pd.DataFrame, options: Validate) -> pd.DataFrame:
     classes, faults = _classes(known, options), []
+    if labels.empty:
+        faults.append((UNUSABLE, "", "no labels"))
     again = labels["id"].duplicated(keep="first")
     for i, (rows, name, label) in enumerate(
         zip(validation.named(known, labels["id"]), labels["id"], labels["label"], strict=True)

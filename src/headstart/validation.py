@@ -164,6 +164,8 @@ def named(frame: pd.DataFrame, ids: pd.Series) -> list[list[int]]:
 
 def labelled_late(frame: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
     """The rows with labels that came in batches of their own; a row that is gone needs none."""
+    if labels.empty:
+        return frame
     known, left_out = frame["label"].tolist(), frame["left_out"].tolist()
     for rows, label in zip(named(frame, labels["id"]), labels["label"], strict=True):
         if len(rows) == 1 and pd.isna(known[rows[0]]):
