@@ -1,7 +1,7 @@
 """Drift report: one HTML page that says whether recent rows have drifted, in what, and which rows the most.
 
-Goes in: what ``monitoring`` found. Comes out: ``reports/R/drift.html``, which opens without a network. Decides
-nothing.
+Goes in: what ``monitoring`` found. Comes out: ``reports/R/drift.html``, which opens without a network.
+Decides nothing.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _histograms(found: Monitored) -> list[Chart]:
         for place in shown
     ]
     for number, (name, values) in enumerate(found.known.inputs.items()):
-        if name in found.recent.inputs:
+        if name in {test.name for test in found.drift.tests}:  # the others do not vary
             charts.append(_histogram(f"input-{number}", name, values, found.recent.inputs[name]))
     return charts
 
