@@ -1,0 +1,111 @@
+"""Monitoring on a real registry: what the command and the flow find, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests import examples
+from tests.conftest import Project, clone
+
+pytestmark = pytest.mark.slow
+
+FLOW = """
+import json
+from flows.monitor import monitor
+print(monitor("moods"))
+from prefect.client.orchestration import get_client
+from prefect.events.worker import EventsWorker
+EventsWorker.instance().wait_until_empty()
+with get_client(sync_client=True) as client:
+    kept = {found.key: found.description for found in client.read_artifacts()}
+    wanted = {"filter": {"event": {"name": ["headstart.drift.detected"]}}}
+    events = client._client.post("/events/filter", json=wanted).json()["events"]
+print(json.dumps({"artifacts": kept, "events": [each["payload"] for each in events]}))
+"""
+LOGGED = """
+import json, mlflow
+client = mlflow.MlflowClient()
+(run,) = client.search_runs([client.get_experiment_by_name("monitor/moods").experiment_id])
+print(json.dumps({
+    "alarms": [each.value for each in client.get_metric_history(run.info.run_id, "alarm")],
+    "tests": sorted(run.data.metrics), "status": run.info.status,
+    "page": [each.path for each in client.list_artifacts(run.info.run_id)],
+    "versions": len(client.search_model_versions("")), "runs": len(client.search_runs(
+        [client.get_experiment_by_name("moods").experiment_id])),
+    "aliases": client.get_registered_model("moods").aliases,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory, session_environment: dict[str, str]) -> Project:
+    """A project with a champion."""
+    project = clone(tmp_path_factory.mktemp("monitored") / "project", session_environment)
+    examples.write_text_project(project.root, rows=360)
+    project.ok("headstart", "run", "recipes/moods.yaml")
+    return project
+
+
+def arrive(project: Project, name: str, table: pd.DataFrame, number: int) -> None:
+    """A batch that was taken in."""
+    folder = project.root / "data/moods/.batches" / name
+    folder.mkdir(parents=True)
+    table.to_csv(folder / "rows.csv", index=False)
+    (folder / ".batch.json").write_text(json.dumps({"number": number, "kind": "rows"}))
+
+
+def test_without_batches_there_is_nothing_to_do_and_the_command_says_so(ran: Project) -> None:
+    said = ran.ok("headstart", "monitor", "recipes/moods.yaml")
+    assert said.strip() == "no batch has come since the data of moods version 1"
+    assert not (ran.root / "reports/moods/drift.html").exists()
+
+
+def test_files_are_compared_and_rows_like_the_known_ones_are_no_drift(ran: Project) -> None:
+    examples.write_texts(ran.root / "alike.csv", rows=120, start=400)
+    said = ran.ok("headstart", "monitor", "recipes/moods.yaml", "alike.csv")
+    assert "no drift is shown between 120 recent rows" in said
+    assert "right answers" in said
+    assert "120 recent rows have labels: accuracy" in said
+    lost = ran("headstart", "monitor", "recipes/moods.yaml", "gone.csv")
+    assert lost.returncode == 1
+    assert "no file matches" in lost.stderr
+
+
+def test_a_batch_that_has_drifted_is_reported_logged_and_told_to_prefect(
+    ran: Project, tmp_path: Path
+) -> None:
+    project = ran.copy(tmp_path / "project")
+    texts = [f"zq {word} xk {i} yyy" for i, word in enumerate(examples.GOOD * 10)]
+    arrive(project, "monday", pd.DataFrame({"body": texts, "mood": None, "shop": "a"}), 1)
+    report = project.root / "reports/moods/report.html"
+    before = report.read_bytes()
+    home = {"PREFECT_HOME": str(tmp_path / "prefect")}  # whose events are this flow's alone
+    printed = project.ok("python", "-c", FLOW, extra=home).splitlines()
+    assert any(line.startswith("drift between 60 recent rows and") for line in printed)
+    told = json.loads(printed[-1])
+    assert told["artifacts"]["monitor-moods"].startswith("drift between")
+    (payload,) = told["events"]
+    assert payload["where"] == "batch monday"
+    assert (payload["rows"], payload["labelled"], payload["version"]) == (60, 0, "1")
+    assert "unknown tokens" in payload["reason"] or "What the backbone sees" in payload["reason"]
+    page = (project.root / "reports/moods/drift.html").read_text()
+    assert "batch monday" in page
+    assert report.read_bytes() == before
+
+    again = project.ok("headstart", "monitor", "recipes/moods.yaml")
+    assert "monday" in again
+    logged = json.loads(project.ok("python", "-c", LOGGED, extra=store(project)).splitlines()[-1])
+    assert logged["alarms"] == [1, 1]
+    assert "features.domain classifier.AUROC" in logged["tests"]
+    assert logged["status"] == "FINISHED"
+    assert logged["page"] == ["drift.html"]
+    assert (logged["versions"], logged["runs"]) == (1, 1)
+    assert logged["aliases"]["champion"] == "1"
+
+
+def store(project: Project) -> dict[str, str]:
+    return {"MLFLOW_TRACKING_URI": f"sqlite:///{project.root / 'mlflow.db'}"}
