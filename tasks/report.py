@@ -25,7 +25,7 @@ from tasks.stage import PATIENT
 def report(recipe: Recipe, layout: Layout, decided: trials.Decided) -> Path:
     """Write ``reports/R/``, log it with the version that it is about, and link it."""
     path = page.write(recipe, layout, decided.evidence)
-    registry.attach(decided.name, decided.version, path.parent)
-    create_link_artifact(key=f"report-{layout.recipe}", link=path.as_uri(), description=str(decided))
+    link = registry.attach(decided.name, decided.version, path)
+    create_link_artifact(key=f"report-{layout.recipe}", link=link, description=str(decided))
     get_run_logger().info(f"report: {path}")
     return path

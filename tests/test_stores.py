@@ -148,6 +148,11 @@ def test_after_a_run_nothing_that_lasts_is_on_the_machine_alone(first: Project, 
     assert any(re.fullmatch(r"mlflow/.*/report/report.html", key) for key in kept)
     runs = ask(f"{servers.database}/prefect", "SELECT state_type FROM flow_run WHERE name = 'retrain moods'")
     assert set(runs) == {("COMPLETED",)}
+    # Whoever opens the report from Prefect's page may sit at any machine.
+    links = ask(
+        f"{servers.database}/prefect", "SELECT data #>> '{}' FROM artifact WHERE key = 'report-moods'"
+    )
+    assert links and all(f"({servers.mlflow}/#/experiments/" in link for (link,) in links)
     assert ask(f"{servers.database}/mlflow", "SELECT name, version FROM model_versions") == [("moods", 1)]
 
 
@@ -193,6 +198,14 @@ def test_the_mlflow_server_answers_those_who_call_it_by_its_name_alone(servers: 
     port = servers.mlflow.rpartition(":")[2]
     assert status(f"mlflow:{port}") == 200
     assert status(f"elsewhere.example.com:{port}") == 403
+
+
+def test_an_address_for_a_driver_that_is_not_here_is_mended_in_words(tmp_path: Path) -> None:
+    told = isolated(tmp_path) | {"MLFLOW_TRACKING_URI": "postgresql://someone@127.0.0.1/mlflow"}
+    done = Project(ROOT, told)("headstart", "models")
+    assert done.returncode == 1
+    assert "psycopg2 is not installed" in done.stderr
+    assert "begin the address with postgresql+psycopg://" in done.stderr
 
 
 # A machine that has a database and S3, and no MLflow server. Prints what each step said.

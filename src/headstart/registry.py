@@ -111,8 +111,8 @@ def digest_of(layout: Layout) -> str:
     return whole.hexdigest()
 
 
-def attach(name: str, version: str, folder: Path) -> None:
-    """Log a report with the run of the version that it is about.
+def attach(name: str, version: str, file: Path) -> str:
+    """Log a report, its whole folder, with the run of the version that it is about; where to read it.
 
     Raises:
         HeadstartError: the store cannot be reached.
@@ -120,8 +120,11 @@ def attach(name: str, version: str, folder: Path) -> None:
     client = promotion.opened()
     with stores.asked("the MLflow store did not take the report"):
         run = client.get_model_version(name, version).run_id
+        shown = None
         if run:
-            client.log_artifacts(run, str(folder), "report")
+            client.log_artifacts(run, str(file.parent), "report")
+            shown = stores.page(client.get_run(run).info.experiment_id, run, f"report/{file.name}")
+    return shown or file.as_uri()
 
 
 def _find(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:

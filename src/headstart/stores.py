@@ -21,6 +21,12 @@ from headstart.layout import Layout, written_whole
 
 # MLflow's own server reads it too, and hands it to its clients: only who has no server needs it.
 ARTIFACT_ROOT = "MLFLOW_DEFAULT_ARTIFACT_ROOT"
+# What to do without a module that a store needs.
+DRIVERS = {
+    "boto3": "pip install 'headstart[s3]'",
+    "psycopg": "pip install 'headstart[postgresql]'",
+    "psycopg2": "begin the address with postgresql+psycopg://",
+}
 
 
 def address() -> str:
@@ -29,6 +35,14 @@ def address() -> str:
 
     both = dict.fromkeys([mlflow.get_tracking_uri(), mlflow.get_registry_uri()])
     return redacted(" and ".join(both))
+
+
+def page(experiment: str, run: str, file: str) -> str | None:
+    """Where a browser finds a file of a run, if an MLflow server shows it."""
+    import mlflow
+
+    uri = redacted(mlflow.get_tracking_uri()).rstrip("/")
+    return f"{uri}/#/experiments/{experiment}/runs/{run}/artifacts/{file}" if uri.startswith("http") else None
 
 
 def place(layout: Layout) -> str | None:
@@ -61,7 +75,7 @@ def files(name: str, version: str, uri: str) -> Path:
     if is_local_uri(uri, is_tracking_or_registry_uri=False):
         return Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{version}"))
     # MLflow gives each model an address of its own, and nobody writes to it again.
-    key = hashlib.sha256(f"{mlflow.get_registry_uri()}\0{uri}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{address()}\0{uri}".encode()).hexdigest()[:16]
     folder = sources.cache() / "models" / f"{safe_name(name)}-{version}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f"{folder.name}.lock"):
@@ -80,25 +94,13 @@ def asked(what: str) -> Iterator[None]:
     Raises:
         HeadstartError: ``what``, with the store's own words.
     """
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    refusals: list[type[Exception]] = [MlflowException, SQLAlchemyError, OSError]  # requests' are OSErrors
-    with suppress(ImportError):
-        from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        refusals += [Boto3Error, BotoCoreError, ClientError]
     try:
         yield
     except ImportError as error:
-        if error.name not in {"boto3", "psycopg"}:
+        if error.name not in DRIVERS:
             raise
-        extra = {"boto3": "s3", "psycopg": "postgresql"}[error.name]
-        raise HeadstartError(
-            what, where=f"{error.name} is not installed", do=f"pip install 'headstart[{extra}]'"
-        ) from error
-    except tuple(refusals) as error:
+        raise HeadstartError(what, where=f"{error.name} is not installed", do=DRIVERS[error.name]) from error
+    except _refusals() as error:  # asked for only when something was raised
         raise HeadstartError(
             what,
             where=address(),
@@ -106,3 +108,17 @@ def asked(what: str) -> Iterator[None]:
             do="check that it is up, its address and the keys to it; then run the same command again",
             transient=True,
         ) from error
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What MLflow's clients raise, whichever store they were talking to."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    found: tuple[type[Exception], ...] = (MlflowException, SQLAlchemyError, OSError)  # requests' are OSErrors
+    with suppress(ImportError):
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        found += (Boto3Error, BotoCoreError, ClientError)
+    return found
