@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,11 +28,13 @@ from headstart.metrics import Floats, Ints
 from headstart.recipe import Recipe, Train
 
 if TYPE_CHECKING:
+    from headstart.adaptation import Source
     from headstart.finetuning import Tuning
     from headstart.shifts import Diagnosis
 
 Rows = NDArray[np.int64]
 log = logging.getLogger(__name__)
+POINTS = 300  # of a side, in a projection
 PUT_ASIDE: dict[str, Any] = {"label": HIDDEN, "confidence": 1.0, "weight": 1.0, "split": "train"}
 
 
@@ -355,10 +358,22 @@ def _calibration(choices: Train, model: Frozen | Tuned, train: Rows, val: Rows) 
 
 
 @dataclass(frozen=True)
+class Sides:
+    """The rows that an adaptation saw."""
+
+    train: Rows  # labelled, of the source domains
+    val: Rows  # likewise; no head was fitted to them
+    target: Rows  # of the target domain
+    known: Rows  # those of them with a label
+
+
+@dataclass(frozen=True)
 class Adapted:
     """Domain adaptation: a head for the target domain, beside the model of the source domains."""
 
+    choices: Train
     source: Frozen | Tuned
+    sides: Sides
     head: Head
     method: str
     reason: str
@@ -389,7 +404,49 @@ class Adapted:
             "shift": told
             | {f"{side}_shares": [round(float(s), 4) for s in of] for side, of in shares.items()}
             | {"kind": shift.kind, "words": shift.words},
+            "decided_by": self._decided_by,
+            "candidates": self._judged,
         } | (self.taught or self.source).said
+
+    @property
+    def _decided_by(self) -> str:
+        """What the choice among the candidates rests on."""
+        from headstart import adaptation
+
+        if self.choices.adaptation:
+            return "recipe"
+        return "labels" if len(self.sides.known) >= adaptation.KNOWN_ENOUGH else "shift"
+
+    @cached_property
+    def _candidates(self) -> dict[str, Head]:
+        """A head by each way of adapting, none of which has seen the few labels of the target."""
+        from headstart import adaptation
+
+        features = self.source.examples.features
+        labelled = _labelled(self.source.examples, self.choices, self.sides.train)
+        return adaptation.candidates(
+            self.source.head, labelled, features[self.sides.target], seed=self.choices.seed
+        )
+
+    @cached_property
+    def _judged(self) -> dict[str, dict[str, float]]:
+        """What was known of each candidate without the target's labels, or by the few that there are."""
+        from headstart import adaptation
+
+        examples, sides = self.source.examples, self.sides
+        features = examples.features
+        found = adaptation.judged(
+            self._candidates,
+            (features[sides.val], examples.truth[sides.val]),
+            features[sides.train],
+            features[sides.target],
+        )
+        for method, head in self._candidates.items() if len(sides.known) else ():
+            named = head.logits(features[sides.known]).argmax(axis=1)
+            found[method]["right"] = float((named == examples.truth[sides.known]).mean())
+        return {
+            method: {name: round(value, 4) for name, value in line.items()} for method, line in found.items()
+        }
 
     @property
     def chosen(self) -> str:
@@ -405,14 +462,50 @@ class Adapted:
     def publish(self, folder: Path, rows: Rows) -> Floats:
         """Write the source's files, ``head.safetensors``, and the head before as ``source.safetensors``.
 
-        Of a model that was taught, what it writes itself.
+        Of a model that was taught, what it writes itself. For the report also ``projection.parquet`` and
+        ``candidates.parquet``: what each way of adapting calls the target's test rows.
         """
+        examples = self.source.examples
+        test = rows[(examples.truth[rows] < 0) & (examples.manifest["split"].to_numpy()[rows] == "test")]
+        called = {
+            method: head.logits(examples.features[test]).argmax(axis=1).astype(np.int16)
+            for method, head in self._candidates.items()
+        }
+        ids = examples.manifest["id"].to_numpy()[test]
+        pd.DataFrame({"id": ids} | called).to_parquet(folder / "candidates.parquet", index=False)
+        self._projected().to_parquet(folder / "projection.parquet", index=False)
         if self.taught:
             return self.taught.publish(folder, rows)
         vectors = self.source.write(folder, rows)
         self.head.save(folder / "head.safetensors")
         self.source.head.save(folder / "source.safetensors")
         return self._told(vectors, rows)
+
+    def _projected(self) -> pd.DataFrame:
+        """Some rows of both sides in a plane, before and after: ``view``, ``side``, ``x``, ``y``.
+
+        What is there after is missing where adapting moves no row, but the head alone.
+        """
+        from headstart import adaptation
+
+        chance = np.random.default_rng(self.choices.seed)
+        features = self.source.examples.features
+        sides = self.sides.train, self.sides.target
+        shown = [np.sort(chance.permutation(len(side))[:POINTS]) for side in sides]
+        mine, theirs = (features[side] for side in sides)
+        views = {"before": adaptation.projection("source_only", mine, theirs, (shown[0], shown[1]))}
+        if self.taught:  # by another backbone
+            seen = [self.taught.tuning.vectors(side[few]) for side, few in zip(sides, shown, strict=True)]
+            everything = np.arange(len(seen[0])), np.arange(len(seen[1]))
+            views["after"] = adaptation.projection("source_only", seen[0], seen[1], everything)
+        elif self.method in adaptation.MOVING:
+            views["after"] = adaptation.projection(self.method, mine, theirs, (shown[0], shown[1]))
+        lines = [
+            pd.DataFrame({"view": view, "side": side, "x": at[:, 0], "y": at[:, 1]})
+            for view, both in views.items()
+            for side, at in zip(("source", "target"), both, strict=True)
+        ]
+        return pd.concat(lines, ignore_index=True).round(3)
 
     def _told(self, vectors: Features, rows: Rows) -> Floats:
         target = self.source.examples.truth[rows] < 0
@@ -435,12 +528,11 @@ def adapted(
     from headstart import adaptation, shifts
 
     examples = source.examples
-    targets, weights = labels(examples, choices, train)
-    labelled = adaptation.Source(_finite(examples, train), targets[train], weights[train])
+    labelled = _labelled(examples, choices, train)
     known = np.empty(0, np.int64) if known is None else known
     there = np.sort(np.concatenate([examples.unlabelled("train", "val"), known]))
     target = _finite(examples, there)
-    given = np.searchsorted(there, known), targets[known]
+    given = np.searchsorted(there, known), labels(examples, choices, train)[0][known]
     if len(target) < 2:
         raise HeadstartError("the target domain has no rows to adapt to", do="add rows of the target domain")
     groups = examples.manifest["group"].to_numpy()
@@ -474,7 +566,16 @@ def adapted(
         target,
         method in adaptation.MOVING,
     )
-    return Adapted(source, head, method, reason, shift, expected)
+    sides = Sides(train, val, there, known)
+    return Adapted(choices, source, sides, head, method, reason, shift, expected)
+
+
+def _labelled(examples: Examples, choices: Train, train: Rows) -> Source:
+    """The rows ``train`` as an adaptation learns from them."""
+    from headstart import adaptation
+
+    targets, weights = labels(examples, choices, train)
+    return adaptation.Source(_finite(examples, train), targets[train], weights[train])
 
 
 def taught(  # noqa: PLR0917  # as ``fit``, and the teacher
