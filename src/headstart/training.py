@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +30,8 @@ from headstart.metrics import Floats, Ints
 from headstart.recipe import Recipe, Train
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from headstart.adaptation import Source
     from headstart.finetuning import Tuning
     from headstart.shifts import Diagnosis
@@ -111,8 +115,8 @@ def train(recipe: Recipe, layout: Layout) -> None:
     if recipe.train.trains_backbone:
         from headstart import devices
 
-        # Domains are compared, and rows labelled anew, within one process.
-        alone = recipe.train.alignment or recipe.train.teach
+        # Domains are compared, and rows read or labelled anew, within one process.
+        alone = recipe.train.alignment or recipe.train.teach or recipe.train.target_statistics
         if not launching.launched() and (processes := devices.processes()) > 1 and not alone:
             launching.train(Path("recipes") / f"{layout.recipe}.yaml", processes)
             return
@@ -203,6 +207,12 @@ def source_of(
         kept = Frozen(examples, *fit_rows(examples, recipe.train, train, val))
         return kept if launching.first() else None
     tuning, frozen = begin(recipe, layout, examples, train, val, key=key)
+    if recipe.train.target_statistics and not tuning.classifier.normalises():
+        raise HeadstartError(
+            f"{tuning.classifier.spec.architecture} has no BatchNorm to give the target's statistics",
+            where="train.target_statistics",
+            do="leave it out",
+        )
     tuning.run()
     clock = layout.work / "train" / f"{key}.csv" if key is not None else None
     tuned = Tuned(recipe, examples, tuning, frozen, clock, tuning.probabilities(val))
@@ -256,6 +266,7 @@ class Tuned:
     frozen: Frozen | None
     clock: Path | None
     of_val: Floats  # what it says of the validation rows, found while all processes were at hand
+    normalised: dict[str, Tensor] | None = None  # BatchNorm for the target domain, if it has its own
 
     @property
     def head(self) -> Head:
@@ -279,6 +290,35 @@ class Tuned:
         everything = np.arange(len(self.examples.truth))
         return replace(self, examples=replace(self.examples, features=self.tuning.vectors(everything)))
 
+    def reading(self, target: Rows, train: Rows, everything: Rows) -> Tuned:
+        """The same, but rows of the target domain are read with BatchNorm statistics of their own.
+
+        Args:
+            target: rows to take statistics of.
+            train: rows that it learned from.
+            everything: all rows of the target domain, to be read so.
+        """
+        import torch
+
+        from headstart import features, normalisation, packs, precision
+
+        pack, device = self.tuning.pack, self.tuning.device
+
+        def batches(rows: Rows) -> Iterator[tuple[Tensor, ...]]:
+            dealt = np.random.default_rng(self.recipe.train.seed).permutation(rows)
+            for part in packs.cut(dealt, normalisation.BATCH):
+                yield tuple(torch.from_numpy(array) for array in pack.batch(part))
+
+        with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
+            self.tuning.classifier.save(Path(folder))
+            weights, options = Path(folder) / "backbone", self.recipe.features
+            found = normalisation.adapted(weights, options, batches(train), batches(target), device)
+            normalisation.write(weights, found)
+            extractor = features.Extractor(weights, options, precision.Arithmetic())
+            vectors = np.array(self.examples.features)
+            vectors[everything] = extractor.read(features.Packed(pack, everything, device.type))
+        return replace(self, examples=replace(self.examples, features=vectors), normalised=found)
+
     def probabilities(self, rows: Rows) -> Floats:
         """float64 [rows, classes]."""
         return self.tuning.probabilities(rows)
@@ -289,7 +329,7 @@ class Tuned:
         Returns:
             Features [rows, d] by the files, computed as a served model computes them.
         """
-        from headstart import features
+        from headstart import features, normalisation
 
         history = self.tuning.history
         pd.DataFrame(history.steps).to_csv(folder / "steps.csv", index=False, lineterminator="\n")
@@ -297,6 +337,8 @@ class Tuned:
         if self.clock is not None:  # beside the model: no two runs take the same time
             pd.DataFrame(history.clock).to_csv(self.clock, index=False, lineterminator="\n")
         self.tuning.classifier.save(folder)
+        if self.normalised:
+            normalisation.write(folder / "backbone", self.normalised)
         pack = self.tuning.pack
         arithmetic = features.arithmetic_for(
             folder / "backbone",
@@ -398,6 +440,7 @@ class Adapted:
             "adaptation": self.method,
             "reason": self.reason,
             "taught": self.taught is not None,
+            "target_statistics": self.normalised,
             "expected_accuracy": dict(
                 zip(("value", "low", "high"), (round(e, 4) for e in self.expected), strict=True)
             ),
@@ -407,6 +450,11 @@ class Adapted:
             "decided_by": self._decided_by,
             "candidates": self._judged,
         } | (self.taught or self.source).said
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the source's backbone reads the target with BatchNorm statistics of its own."""
+        return isinstance(self.source, Tuned) and self.source.normalised is not None
 
     @property
     def _decided_by(self) -> str:
@@ -478,7 +526,11 @@ class Adapted:
             return self.taught.publish(folder, rows)
         vectors = self.source.write(folder, rows)
         self.head.save(folder / "head.safetensors")
-        self.source.head.save(folder / "source.safetensors")
+        if self.normalised:  # what is published reads the target alone
+            of_source = examples.truth[rows] >= 0
+            vectors[of_source] = examples.features[rows[of_source]]
+        else:
+            self.source.head.save(folder / "source.safetensors")
         return self._told(vectors, rows)
 
     def _projected(self) -> pd.DataFrame:
@@ -494,11 +546,14 @@ class Adapted:
         shown = [np.sort(chance.permutation(len(side))[:POINTS]) for side in sides]
         mine, theirs = (features[side] for side in sides)
         views = {"before": adaptation.projection("source_only", mine, theirs, (shown[0], shown[1]))}
+        if isinstance(self.source, Tuned) and self.normalised:
+            few = self.source.tuning.vectors(sides[1][shown[1]])
+            views["before"] = adaptation.projection("source_only", mine, few, (shown[0], np.arange(len(few))))
         if self.taught:  # by another backbone
             seen = [self.taught.tuning.vectors(side[few]) for side, few in zip(sides, shown, strict=True)]
             everything = np.arange(len(seen[0])), np.arange(len(seen[1]))
             views["after"] = adaptation.projection("source_only", seen[0], seen[1], everything)
-        elif self.method in adaptation.MOVING:
+        elif self.method in adaptation.MOVING or self.normalised:
             views["after"] = adaptation.projection(self.method, mine, theirs, (shown[0], shown[1]))
         lines = [
             pd.DataFrame({"view": view, "side": side, "x": at[:, 0], "y": at[:, 1]})
@@ -527,10 +582,13 @@ def adapted(
     """
     from headstart import adaptation, shifts
 
+    known = np.empty(0, np.int64) if known is None else known
+    there = np.sort(np.concatenate([source.examples.unlabelled("train", "val"), known]))
+    if choices.target_statistics and isinstance(source, Tuned) and len(there):
+        everything = np.union1d(np.flatnonzero(source.examples.truth < 0), known)
+        source = source.reading(there, train, everything)
     examples = source.examples
     labelled = _labelled(examples, choices, train)
-    known = np.empty(0, np.int64) if known is None else known
-    there = np.sort(np.concatenate([examples.unlabelled("train", "val"), known]))
     target = _finite(examples, there)
     given = np.searchsorted(there, known), labels(examples, choices, train)[0][known]
     if len(target) < 2:
@@ -600,7 +658,14 @@ def taught(  # noqa: PLR0917  # as ``fit``, and the teacher
     there = examples.unlabelled("train", "val")
     guessed = examples.named(there, model.probabilities(there))
     again = source_of(
-        recipe.training(method="fine_tune", tune=False, alignment=None, teach=False, frozen_below=0),
+        recipe.training(
+            method="fine_tune",
+            tune=False,
+            alignment=None,
+            teach=False,
+            target_statistics=False,
+            frozen_below=0,
+        ),
         layout,
         guessed,
         np.sort(np.concatenate([train, there])),
