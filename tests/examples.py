@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from headstart.layout import Layout
+    from headstart.recipe import Recipe
 
 GOOD = ["splendid", "a delight", "warm and clever", "truly lovely", "bright", "a joy to watch"]
 BAD = ["dreadful", "a bore", "cold and dull", "truly awful", "bleak", "a pain to watch"]
@@ -161,3 +165,18 @@ def _fade(path: Path) -> None:
     from PIL import Image
 
     Image.open(path).point(lambda value: 100 + value // 3).save(path)
+
+
+def prepared(root: Path, name: str) -> tuple[Recipe, Layout]:
+    """One of these projects, run in this process up to training; the working folder must be its root."""
+    from headstart import recipe as recipes
+    from headstart import stages
+    from headstart.layout import Layout
+
+    recipe, layout = recipes.load(root / "recipes" / f"{name}.yaml"), Layout(root, name)
+    layout.raw.mkdir(parents=True)
+    inbox = root / recipe.ingest.source.removeprefix("file:")
+    (shutil.copytree if inbox.is_dir() else shutil.copy2)(inbox, layout.raw / inbox.name)
+    for stage in ("validate", "fetch", "features"):
+        stages.run(stage, recipe, layout)
+    return recipe, layout

@@ -13,10 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from headstart import backbones, models, normalisation, stages, training
+from headstart import backbones, models, normalisation, training
 from headstart.errors import HeadstartError
 from headstart.features import Tapped
-from headstart.layout import Layout
 from headstart.recipe import Features, load
 from tests import examples, tuning
 
@@ -112,17 +111,6 @@ def test_a_target_like_the_source_changes_nothing_and_what_does_not_run_is_left_
     backbones.Spec.read(folder)
 
 
-def prepared(root: Path, name: str) -> Layout:
-    """A project up to training."""
-    recipe, layout = load(root / "recipes" / f"{name}.yaml"), Layout(root, name)
-    layout.raw.mkdir(parents=True)
-    inbox = root / recipe.ingest.source.removeprefix("file:")
-    (shutil.copytree if inbox.is_dir() else shutil.copy2)(inbox, layout.raw / inbox.name)
-    for stage in ("validate", "fetch", "features"):
-        stages.run(stage, recipe, layout)
-    return layout
-
-
 @pytest.mark.slow
 def test_what_is_published_reads_the_target_as_it_was_read_in_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -130,7 +118,7 @@ def test_what_is_published_reads_the_target_as_it_was_read_in_training(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
     examples.write_cameras_project(tmp_path, target_statistics=True, adaptation="source_only")
-    layout, recipe = prepared(tmp_path, "cameras"), load("recipes/cameras.yaml")
+    recipe, layout = examples.prepared(tmp_path, "cameras")
     training.train(recipe, layout)
     assert json.loads((layout.model / "model.json").read_text())["target_statistics"] is True
     assert not (layout.model / "source.safetensors").exists()  # no backbone is left that it belongs to
@@ -169,7 +157,7 @@ def test_a_network_without_batch_norm_is_refused_before_it_is_trained(
         .replace("features: {}", 'features: {"packed": true}')
         .replace("train: {}", f"train: {json.dumps(train)}")
     )
-    layout = prepared(tmp_path, "moods")
+    _, layout = examples.prepared(tmp_path, "moods")
     with pytest.raises(HeadstartError, match="has no BatchNorm") as raised:
         training.train(load(recipe), layout)
     assert raised.value.where == "train.target_statistics"
