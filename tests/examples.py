@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from headstart.layout import Layout
+    from headstart.recipe import Recipe
 
 GOOD = ["splendid", "a delight", "warm and clever", "truly lovely", "bright", "a joy to watch"]
 BAD = ["dreadful", "a bore", "cold and dull", "truly awful", "bleak", "a pain to watch"]
@@ -124,3 +132,51 @@ def write_image_project(root: Path, name: str = "photos", per_class: int = 30) -
         fetch={"backbone": "timm:test_efficientnet", "source": "file:inbox/efficientnet.safetensors"},
         features={"image_size": 64},
     )
+
+
+def write_cameras_project(root: Path, name: str = "cameras", **train: object) -> None:
+    """Pictures of two cameras, of which the second is paler, and a recipe that adapts to it."""
+    for camera in ("old", "new"):
+        write_images(root / "inbox" / name / camera, 40, seed=int(camera == "new"))
+    for path in (root / "inbox" / name / "new").rglob("*.png"):
+        _fade(path)
+    write_efficientnet(root / "inbox" / "efficientnet.safetensors")
+    write_recipe(
+        root / "recipes" / f"{name}.yaml",
+        ingest={"source": f"file:inbox/{name}"},
+        validate={"adapter": "tests.examples:cameras", "target_domain": "new", "near_duplicates": False},
+        fetch={"backbone": "timm:test_efficientnet", "source": "file:inbox/efficientnet.safetensors"},
+        features={"image_size": 32, "packed": True, "precision": "float32"},
+        train={"method": "domain_adaptation", "tune": True, "frozen_below": 0, "epochs": 2, "batch": 8}
+        | train,
+    )
+
+
+def cameras(raw: Path, options: object) -> pd.DataFrame:
+    """An adapter: a folder for each camera, with class folders in it."""
+    import pandas as pd
+
+    paths = sorted(path.relative_to(raw) for path in raw.rglob("*.png"))  # .../camera/class/file
+    rows = [(str(path), path.parts[-2], path.parts[-3]) for path in paths]
+    return pd.DataFrame(rows, columns=["path", "label", "domain"])
+
+
+def _fade(path: Path) -> None:
+    from PIL import Image
+
+    Image.open(path).point(lambda value: 100 + value // 3).save(path)
+
+
+def prepared(root: Path, name: str) -> tuple[Recipe, Layout]:
+    """One of these projects, run in this process up to training; the working folder must be its root."""
+    from headstart import recipe as recipes
+    from headstart import stages
+    from headstart.layout import Layout
+
+    recipe, layout = recipes.load(root / "recipes" / f"{name}.yaml"), Layout(root, name)
+    layout.raw.mkdir(parents=True)
+    inbox = root / recipe.ingest.source.removeprefix("file:")
+    (shutil.copytree if inbox.is_dir() else shutil.copy2)(inbox, layout.raw / inbox.name)
+    for stage in ("validate", "fetch", "features"):
+        stages.run(stage, recipe, layout)
+    return recipe, layout

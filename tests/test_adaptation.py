@@ -585,3 +585,35 @@ def test_of_a_target_that_has_moved_the_accuracy_is_expected_as_if_the_source_ha
     ]
     assert expected[0] == pytest.approx(expected[1], abs=0.005)
     assert expected[0] > 0.7
+
+
+def test_candidates_are_judged_without_a_label_of_the_target() -> None:
+    """Two heads worked out by hand: one names the second class half as often as the source is named it."""
+    rows = np.array([-3.0, -2, -1, 1, 2, 3, 4, 5])[:, None]
+    held_out = rows[[1, 2, 3, 4]], np.array([0, 0, 1, 1])
+    heads_by_name = {
+        name: Head(*(np.array(a, np.float32) for a in ([[-9.0], [9.0]], bias, [0.0], [1.0])))
+        for name, bias in (("source_only", [0.0, 0.0]), ("coral", [31.5, -31.5]))
+    }
+    found = adaptation.judged(heads_by_name, held_out, held_out[0], rows)
+    assert found["source_only"]["rarest_named"] == pytest.approx(3 / 8 / 0.5)
+    assert found["coral"]["rarest_named"] == pytest.approx(2 / 8 / 0.5)
+    assert found["source_only"]["agreement"] == found["coral"]["agreement"] == pytest.approx(5 / 8)
+    for name, share in (("source_only", 5 / 8), ("coral", 2 / 8)):
+        entropy = -(share * np.log(share) + (1 - share) * np.log(1 - share)) / np.log(2)
+        assert found[name]["diversity"] == pytest.approx(entropy, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["standardisation", "coral", "optimal_transport"])
+def test_a_method_that_moves_rows_brings_the_domains_together_in_the_plane(method: str) -> None:
+    (x, _), (other, _) = rows(seed=0), rows(seed=1)
+    everything = np.arange(len(x)), np.arange(len(other))
+    apart = {}
+    for name in ("source_only", method):
+        mine, theirs = adaptation.projection(name, x, other * SCALE + SHIFT, everything)
+        assert np.cov(mine.T)[0, 1] == pytest.approx(0, abs=1e-3)  # principal axes of the source
+        apart[name] = np.linalg.norm(mine.mean(axis=0) - theirs.mean(axis=0))
+    assert apart["source_only"] > 1
+    assert apart[method] < 1e-3
+    (mine, theirs) = adaptation.projection("source_only", x[:, :1], x[:, :1], everything)
+    assert (mine[:, 1] == 0).all()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from headstart import alignment, augmentation, finetuning, packs, recipe
+from headstart import alignment, augmentation, finetuning, packs, recipe, training
 from headstart.errors import HeadstartError
 from headstart.features import averaged
 from headstart.recipe import Train
@@ -379,6 +381,50 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(
     subprocess.run(process(efficientnet, out, choices), env=environment, cwd=ROOT, check=True)
     assert (out / "done.safetensors").read_bytes() == expected
     assert (out / "history.json").read_text() == history
+
+
+@pytest.mark.slow
+def test_teaching_that_is_killed_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill while the second network trains, of a run that saves after every step."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    examples.write_cameras_project(tmp_path, teach=True, epochs=1)
+    chosen, layout = examples.prepared(tmp_path, "cameras")
+    script = (
+        "import torch\n"
+        "from headstart import finetuning, recipe, training\n"
+        "from headstart.layout import Layout\n"
+        "from pathlib import Path\n"
+        "torch.set_num_threads(1)\n"
+        "finetuning.SECONDS_BETWEEN, finetuning.SHARE_OF_TIME = 0.0, float('inf')\n"
+        "training.train(recipe.load('recipes/cameras.yaml'), Layout(Path.cwd(), 'cameras'))\n"
+    )
+    running = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, **THREADS})
+    while running.poll() is None and not [*layout.work.glob("train/*-taught/*2.json")]:
+        time.sleep(0.002)
+    running.kill()
+    assert running.wait() == -signal.SIGKILL
+    assert not layout.model.exists()
+    taken_up: list[int] = []
+    begun = finetuning.Tuning._resumed
+
+    def watched(tuning: finetuning.Tuning) -> bool:
+        taken = begun(tuning)
+        taken_up.append(tuning.step)
+        return taken
+
+    monkeypatch.setattr(finetuning.Tuning, "_resumed", watched)
+    training.train(chosen, layout)
+    source, taught = taken_up
+    steps = len(pd.read_csv(layout.model / "steps.csv"))
+    assert source > 0
+    assert 2 <= taught < steps
+    continued = {path.name: path.read_bytes() for path in layout.model.rglob("*") if path.is_file()}
+    training.train(chosen, layout)
+    assert taken_up[2:] == [0, 0]
+    assert continued == {path.name: path.read_bytes() for path in layout.model.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow

@@ -79,10 +79,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[R
         dark.rename(light.with_name("swap.png"))
         light.rename(dark)
         light.with_name("swap.png").rename(light)
+    examples.write_text_project(root, "moved")
+    csv = root / "inbox" / "moved.csv"
+    table = pd.read_csv(csv)
+    table.loc[table["shop"] == "b", "body"] += " & it was a plan to watch the garden"
+    table.to_csv(csv, index=False)
+    examples.write_recipe(
+        root / "recipes" / "moved.yaml",
+        ingest={"source": "file:inbox/moved.csv"},
+        validate={"adapter": "table", "columns": {"text": "body", "label": "mood", "domain": "shop"}}
+        | {"target_domain": "b"},
+        fetch={"backbone": "transformers:bert", "source": "file:inbox/bert"},
+        train={"method": "domain_adaptation", "adaptation": "standardisation"},
+    )
     os.chdir(root)
-    found = {name: through(root, name) for name in ("moods", "photos")}
+    found = {name: through(root, name) for name in ("moods", "photos", "moved")}
     report.write(*found["moods"], REFUSED)
     report.write(*found["photos"])
+    report.write(*found["moved"])
     yield found
     os.chdir(here)
     torch.set_num_threads(threads)
@@ -111,7 +125,7 @@ def words(page: Page, selector: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["moods", "photos"])
+@pytest.mark.parametrize("name", ["moods", "photos", "moved"])
 @pytest.mark.parametrize("width", [375, 768, 1200])
 def test_a_report_opens_without_a_network_and_never_scrolls_sideways(
     made: dict[str, tuple[Recipe, Layout]], browser: Browser, name: str, width: int
@@ -214,7 +228,7 @@ CONTRASTS = """() => {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["moods", "photos"])
+@pytest.mark.parametrize("name", ["moods", "photos", "moved"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_stands_out_from_its_ground(
     made: dict[str, tuple[Recipe, Layout]], browser: Browser, name: str, scheme: Any
@@ -239,7 +253,7 @@ def test_the_page_is_dark_for_who_prefers_that(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["moods", "photos"])
+@pytest.mark.parametrize("name", ["moods", "photos", "moved"])
 def test_a_screen_reader_finds_its_way(
     made: dict[str, tuple[Recipe, Layout]], browser: Browser, name: str
 ) -> None:
@@ -312,20 +326,54 @@ def test_a_fine_tuned_model_shows_its_learning_curves(
 
 
 @pytest.mark.slow
-def test_an_adapted_model_tells_of_the_shift(changed: tuple[Recipe, Layout], browser: Browser) -> None:
-    tell(
-        changed[1],
-        adaptation="coral",
-        reason="both sides have moved",
-        taught=False,
-        expected_accuracy={"value": 0.51, "low": 0.4, "high": 0.99},
-        shift={"words": ["The features have shifted: so & so."], "source_shares": [0.2, 0.3, 0.5]}
-        | {"target_shares": [0.1, 0.4, 0.5]},
-    )
-    with opened(browser, report.write(*changed).as_uri()) as page:
+def test_an_adapted_model_tells_of_the_shift_and_of_every_way_to_adapt(
+    made: dict[str, tuple[Recipe, Layout]], browser: Browser
+) -> None:
+    _, layout = made["moved"]
+    model = json.loads((layout.model / "model.json").read_text())
+    metrics = json.loads((layout.evidence / "metrics.json").read_text())
+    accuracy = metrics["test"]["accuracy"]["value"]
+    with opened(browser, address(made, "moved")) as page:
         said = words(page, "#shift")
-        for part in ("so & so", "coral: both sides have moved", "0.51 was expected", "Measured is", "0.400"):
-            assert part in said
+        for part in (
+            model["shift"]["words"][0],
+            "standardisation: named in the recipe",
+            "none of these figures decided",
+            f"{model['expected_accuracy']['value']:.2f} was expected",
+            f"Measured is {accuracy:.2f}",
+        ):
+            assert " ".join(part.split()) in said
+        for view in ("before", "after"):
+            figure = page.locator(f"#shift figure:has(#plane-{view}-title)")
+            assert 100 < figure.locator("svg[role=img] circle").count() <= 600
+        assert page.locator("#shift polyline").count() == 0
+        lines = page.locator("#shift table:has-text('true accuracy') tbody tr")
+        told = {line.split()[0]: line.split() for line in lines.all_inner_texts()}
+        assert set(told) == set(model["candidates"])
+        assert [way for way, line in told.items() if "chosen" in line] == ["standardisation"]
+        assert told["standardisation"][-2] == f"{accuracy:.3f}"  # of so few rows it is the very head
+        assert f"{model['candidates']['coral']['diversity']:.3f}" in told["coral"]
+
+
+@pytest.mark.slow
+def test_without_a_label_of_the_target_no_way_to_adapt_is_said_to_be_right(
+    made: dict[str, tuple[Recipe, Layout]], browser: Browser, tmp_path: Path
+) -> None:
+    recipe, layout = made["moved"]
+    shutil.copytree(layout.root, tmp_path / "copy")
+    layout = Layout(tmp_path / "copy", layout.recipe)
+    labels = layout.truth / "labels.parquet"
+    pd.read_parquet(labels).iloc[:0].to_parquet(labels)
+    tell(layout, decided_by="shift")
+    rows = pd.read_parquet(layout.model / "projection.parquet")
+    rows[rows["view"] == "before"].to_parquet(layout.model / "projection.parquet")
+    stages.run("evaluate", recipe, layout)
+    with opened(browser, report.write(recipe, layout).as_uri()) as page:
+        said = words(page, "#shift")
+        assert "true accuracy" not in said
+        assert "Nothing of it can be measured" in said
+        assert "No other figure of the table had a say" in said
+        assert "leaves every row where it is" in said
 
 
 @pytest.mark.slow

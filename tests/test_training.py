@@ -3,13 +3,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
-from headstart import stamps
+from headstart import adaptation, stamps
 from headstart.errors import HeadstartError
 from headstart.evaluation import evaluate
 from headstart.heads import Head
@@ -271,6 +272,35 @@ def test_adaptation_mends_what_a_moved_domain_breaks(tmp_path: Path) -> None:
     for name, chosen in (("head", target), ("source", ~target)):
         expected = Head.load(layout.model / f"{name}.safetensors").probabilities(features[chosen])
         assert np.allclose(predictions.loc[chosen, ["p:no", "p:yes"]], expected, rtol=0, atol=1e-6)
+
+
+def test_every_way_to_adapt_is_compared_and_the_domains_are_shown_in_a_plane(tmp_path: Path) -> None:
+    layout, truth = cached.shifted(tmp_path)
+    train(cached.adapting(), layout)
+    found: Any = model(layout)
+    assert set(found["candidates"]) == set(adaptation.METHODS)
+    assert found["decided_by"] == "shift"
+    assert f"{found['candidates']['source_only']['rarest_named']:.2f} times as often" in found["reason"]
+    for name, least in (("rarest_named", 0.5), ("diversity", 0.9), ("expected_accuracy", 0.6)):
+        assert found["candidates"]["information_maximisation"][name] > least
+        assert found["candidates"]["source_only"][name] <= 1
+    assert found["candidates"]["information_maximisation"]["expected_accuracy"] == pytest.approx(
+        found["expected_accuracy"]["value"]
+    )
+    called = pd.read_parquet(layout.model / "candidates.parquet").merge(truth, on="id")
+    right = called["information_maximisation"].map({0: "no", 1: "yes"}) == called["label"]
+    assert right.mean() == pytest.approx(accuracy_on_target(layout, truth))
+    plane = pd.read_parquet(layout.model / "projection.parquet").groupby(["view", "side"])[["x", "y"]].mean()
+    before, after = (
+        plane.loc[(view, "target")] - plane.loc[(view, "source")] for view in ("before", "after")
+    )
+    assert np.linalg.norm(before) > 3
+    assert np.linalg.norm(after) < 0.01
+    given_back(layout, truth, 30)
+    train(cached.adapting(), layout)
+    found = model(layout)
+    assert found["decided_by"] == "labels"
+    assert all(0 <= line["right"] <= 1 for line in found["candidates"].values())
 
 
 def test_labels_that_are_put_aside_are_not_within_reach_of_training(tmp_path: Path) -> None:

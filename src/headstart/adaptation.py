@@ -54,6 +54,8 @@ LOST = 0.3
 OPTIMISM, SPREAD = 0.04, 0.09
 KNOWN_ENOUGH = 30  # labelled target rows; fewer choose by chance
 CANDIDATES = ("source_only", "consensus", "information_maximisation")  # that they choose among
+MEMBERS = ("source_only", "minimum_class_confusion", "self_training")  # of the consensus
+COMPARED = 2000  # rows of a side that candidates are compared by: on 1,280 dimensions a few seconds
 KNOWN_SHARE = 0.1  # weight of all known target rows together, by the source's
 
 
@@ -113,8 +115,7 @@ def source_only(source: Source, target: Features, l2: float, *, seed: int = 0, k
     """No adaptation: ``heads.fit`` on the source, the figure that every other method has to beat."""
     if known is None:
         return fit(source.features, source.targets, source.weights, l2)
-    same = _scaling(source.features)
-    return _fitted(source, target, known, (same, same), l2)
+    return _fitted(source, target, known, maps("source_only", source.features, target), l2)
 
 
 def standardisation(
@@ -126,7 +127,7 @@ def standardisation(
     arXiv:1603.04779): the head of the source, with its mean and scale replaced by the target's. Undoes any
     shift and scaling of single dimensions; goes wrong where the share of the classes differs.
     """
-    return _fitted(source, target, known, (_scaling(source.features), _scaling(target)), l2)
+    return _fitted(source, target, known, maps("standardisation", source.features, target), l2)
 
 
 def coral(source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None) -> Head:
@@ -136,11 +137,7 @@ def coral(source: Source, target: Features, l2: float, *, seed: int = 0, known: 
     domains standardised first, as in their experiments. They add the identity to each covariance. Here it
     is shrunk: 0.9 of it and 0.1 of its diagonal, which means the same at any size of the features.
     """
-    from_source, from_target = _scaling(source.features), _scaling(target)
-    own = _shrunk(_covariance(source.features, from_source))
-    other = _shrunk(_covariance(target, from_target))
-    matrix = _power(own, -0.5) @ _power(other, 0.5)
-    return _fitted(source, target, known, (from_source.then(matrix), from_target), l2)
+    return _fitted(source, target, known, maps("coral", source.features, target), l2)
 
 
 def optimal_transport(
@@ -153,15 +150,7 @@ def optimal_transport(
     into the other it moves the rows least, measured in the source's deviations. The covariances are shrunk
     as for ``coral``.
     """
-    from ot.gaussian import bures_wasserstein_mapping
-
-    from_source = _scaling(source.features)
-    from_target = replace(from_source, mean=_scaling(target).mean)
-    own = _shrunk(_covariance(source.features, from_source))
-    other = _shrunk(_covariance(target, from_target))
-    origin = np.zeros(len(own))  # both are centred
-    matrix, _ = bures_wasserstein_mapping(origin, origin, own, other)
-    return _fitted(source, target, known, (from_source.then(matrix), from_target), l2)
+    return _fitted(source, target, known, maps("optimal_transport", source.features, target), l2)
 
 
 def subspace_alignment(
@@ -173,12 +162,7 @@ def subspace_alignment(
     P and Q of the two, standardised domains, the head sees source rows as ``x @ P @ P.T @ Q`` and target
     rows as ``x @ Q``. Components: 64, or as many as there are dimensions, or rows less one, if fewer.
     """
-    from_source, from_target = _scaling(source.features), _scaling(target)
-    count = min(target.shape[1], COMPONENTS, len(source.features) - 1, len(target) - 1)
-    own = _components(_covariance(source.features, from_source), count)
-    other = _components(_covariance(target, from_target), count)
-    maps = from_source.then(own @ (own.T @ other)), from_target.then(other)
-    return _fitted(source, target, known, maps, l2)
+    return _fitted(source, target, known, maps("subspace_alignment", source.features, target), l2)
 
 
 def importance_weighting(
@@ -226,15 +210,15 @@ def self_training(source: Source, target: Features, l2: float, *, seed: int = 0,
     them and the source. Together they weigh as much as the source. Both domains are standardised with the
     source's moments, so a shift between them is left for the rounds to bridge.
     """
-    same = _scaling(source.features)
-    return _self_trained(source, target, known, (same, same), l2)
+    return _self_trained(source, target, known, maps("self_training", source.features, target), l2)
 
 
 def standardised_self_training(
     source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None
 ) -> Head:
     """``self_training`` in the space of ``standardisation``, where each domain has moments of its own."""
-    return _self_trained(source, target, known, (_scaling(source.features), _scaling(target)), l2)
+    to = maps("standardised_self_training", source.features, target)
+    return _self_trained(source, target, known, to, l2)
 
 
 def consensus(source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None) -> Head:
@@ -244,10 +228,7 @@ def consensus(source: Source, target: Features, l2: float, *, seed: int = 0, kno
     close to the source's head, which has a say of its own as well. Gains of each are smaller, and so are
     losses.
     """
-    heads = [
-        METHODS[name](source, target, l2, seed=seed, known=known)
-        for name in ("source_only", "minimum_class_confusion", "self_training")
-    ]
+    heads = [METHODS[name](source, target, l2, seed=seed, known=known) for name in MEMBERS]
     return averaged(heads)
 
 
@@ -302,11 +283,7 @@ def choose(head: Head, held_out: Features, target: Features, kind: str) -> tuple
     """
     if kind == "labels":
         return "source_only", "other class shares explain the shift, so the classes look as they did"
-    named = [
-        np.bincount(head.logits(x).argmax(axis=1), minlength=len(head.bias)) / len(x)
-        for x in (held_out, target)
-    ]
-    kept = float(min(there / here for here, there in zip(*named, strict=True) if here > 0))
+    kept = rarest_named(_named(head, held_out), _named(head, target))
     how = f"the source's head names a class {kept:.2f} times as often as there"
     if kept < LOST:
         return "information_maximisation", f"{how}: less than {LOST}, so it is lost"
@@ -347,6 +324,82 @@ def best_on(  # noqa: PLR0917  # two domains, and what is known
         best,
         f"right on {right[best]} of {len(truth)} labelled target rows, {first[0]} on {right[first[0]]}",
     )
+
+
+def candidates(head: Head, source: Source, target: Features, *, seed: int = 0) -> dict[str, Head]:
+    """A head by each of the ``METHODS``, to be compared with one another; ``source_only`` is ``head``.
+
+    Made from at most ``COMPARED`` rows of each side, so that a comparison costs less than what it is about.
+    """
+    chance = np.random.default_rng(seed)
+    mine, theirs = (np.sort(chance.permutation(len(x))[:COMPARED]) for x in (source.features, target))
+    few = Source(source.features[mine], source.targets[mine], source.weights[mine])
+    made = {
+        method: adapt(method, few, target[theirs], PENALTY, seed=seed)
+        for method in METHODS
+        if method != "consensus"
+    }
+    made["consensus"] = averaged([made[name] for name in MEMBERS])
+    return made | {"source_only": head}
+
+
+def judged(
+    heads: dict[str, Head], held_out: tuple[Features, Ints], source: Features, target: Features
+) -> dict[str, dict[str, float]]:
+    """What can be said of each of these heads without a label of the target.
+
+    Args:
+        heads: by method; among them ``source_only``.
+        held_out: source rows [n, d] that ``source_only`` was not fitted to, and their classes int[n].
+        source: [m, d], all source rows.
+        target: [j, d].
+
+    Returns:
+        By method: ``rarest_named``, which see; ``diversity``, the entropy of the mean prediction over that of
+        equal shares, 0 to 1; ``agreement``, the share of rows that another head names alike, on average over
+        the other heads; ``expected_accuracy``, without its interval.
+    """
+    here = _named(heads["source_only"], held_out[0])
+    answers = {method: head.probabilities(target) for method, head in heads.items()}
+    top = np.stack([p.argmax(axis=1) for p in answers.values()])
+    found = {}
+    for place, (method, head) in enumerate(heads.items()):
+        mean = answers[method].mean(axis=0)
+        others = np.delete(top, place, axis=0)
+        found[method] = {
+            "rarest_named": rarest_named(here, np.bincount(top[place], minlength=len(mean)) / len(target)),
+            "diversity": float(-(mean * np.log(np.maximum(mean, TINY))).sum() / np.log(len(mean))),
+            "agreement": float((others == top[place]).mean()) if len(others) else 1.0,
+            "expected_accuracy": expected_accuracy(head, held_out, source, target, method in MOVING)[0],
+        }
+    return found
+
+
+def rarest_named(here: Floats, there: Floats) -> float:
+    """Of the shares in which classes are named here [k], the least factor that is left of one there [k]."""
+    return float(min(after / before for before, after in zip(here, there, strict=True) if before > 0))
+
+
+def _named(head: Head, x: Features) -> Floats:
+    """The share of rows [k] that a head names each class."""
+    return np.bincount(head.logits(x).argmax(axis=1), minlength=len(head.bias)) / len(x)
+
+
+def projection(
+    method: str, source: Features, target: Features, shown: tuple[Rows, Rows]
+) -> tuple[Floats, Floats]:
+    """Rows of both sides [n, 2] and [m, 2] where a method sees them, on the source's principal axes there.
+
+    Of ``source_only`` that is where the source's own moments put them.
+    """
+    from_source, from_target = maps(method, source, target)
+    covariance = _covariance(source, from_source)
+    axes = _components(covariance, min(2, len(covariance)))
+    largest = np.abs(axes).argmax(axis=0)
+    axes *= np.sign(axes[largest, np.arange(len(largest))])  # a sign means nothing, but must not change
+    axes = np.pad(axes, ((0, 0), (0, 2 - len(largest))))
+    mine, theirs = shown
+    return from_source(source[mine]) @ axes, from_target(target[theirs]) @ axes
 
 
 def expected_accuracy(
@@ -502,6 +555,30 @@ class _Affine:
 
 
 Maps = tuple[_Affine, _Affine]  # of source rows and of target rows, into one space
+
+
+def maps(method: str, source: Features, target: Features) -> Maps:
+    """Where a method moves source rows [n, d] and target rows [m, d] before it fits a head."""
+    from_source = _scaling(source)
+    if method not in MOVING:
+        return from_source, from_source
+    from_target = _scaling(target)
+    if method == "optimal_transport":
+        from ot.gaussian import bures_wasserstein_mapping
+
+        from_target = replace(from_source, mean=from_target.mean)
+        own, other = (_shrunk(_covariance(x, to)) for x, to in ((source, from_source), (target, from_target)))
+        origin = np.zeros(len(own))  # both are centred
+        matrix, _ = bures_wasserstein_mapping(origin, origin, own, other)
+        return from_source.then(matrix), from_target
+    if method in {"coral", "subspace_alignment"}:
+        own, other = (_covariance(x, to) for x, to in ((source, from_source), (target, from_target)))
+        if method == "coral":
+            return from_source.then(_power(_shrunk(own), -0.5) @ _power(_shrunk(other), 0.5)), from_target
+        count = min(target.shape[1], COMPONENTS, len(source) - 1, len(target) - 1)
+        own, other = _components(own, count), _components(other, count)
+        return from_source.then(own @ (own.T @ other)), from_target.then(other)
+    return from_source, from_target
 
 
 def _scaling(rows: Features) -> _Affine:

@@ -23,9 +23,8 @@ from headstart import alignment, backbones, devices, features, precision
 from headstart.errors import HeadstartError
 from headstart.heads import Head
 from headstart.layout import sha256_of
+from headstart.normalisation import NORMS
 from headstart.recipe import Features, Train
-
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Classifier(nn.Module):
@@ -217,6 +216,10 @@ class Classifier(nn.Module):
         vectors: Tensor = self.tapped(*inputs)
         self.known = None
         return vectors
+
+    def normalises(self) -> bool:
+        """Whether there is a BatchNorm, be it folded."""
+        return bool(self.folds) or any(isinstance(module, NORMS) for module in self.modules())
 
     def fresh(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters that did not come with the backbone, and learn at the head's rate."""

@@ -229,6 +229,9 @@ class Train(Block):
     the backbone learns to see both alike."""
     alignment_weight: float = Field(default=1.0, ge=0)
     """Factor of that part of the loss."""
+    target_statistics: bool = False
+    """After ``tune``, read the target's rows with BatchNorm statistics of their own, and publish these
+    (AdaBN, Li et al. 2016). For networks that have BatchNorm."""
     teach: bool = False
     """After ``tune`` and adapting, tune anew with the target's rows too, labelled as the adapted head names
     them, its doubts included."""
@@ -294,8 +297,8 @@ class Train(Block):
             raise ValueError("adaptation, tune: only with `method: domain_adaptation`")
         if self.alignment and (not self.tune or self.mixup):
             raise ValueError("alignment: only with `tune: true`, and without mixup")
-        if self.teach and not self.tune:
-            raise ValueError("teach: only with `tune: true`")
+        if (self.teach or self.target_statistics) and not self.tune:
+            raise ValueError("teach, target_statistics: only with `tune: true`")
         if self.decide.metric and self.method == "domain_adaptation":
             raise ValueError("decide.metric: the validation rows are not of the target domain")
         of_all = {"method", "seed", "class_weight", "l2", "decide", "adaptation", "tune"}

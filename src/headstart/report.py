@@ -50,6 +50,20 @@ METHODS = {
     "domain_adaptation": "adapted to another domain",
     "not yet": "of the source domains, as there was nothing to adapt to yet",
 }
+SHIFT = {
+    "separability": "how well a linear classifier tells the domains apart, as AUROC: 0.5 is not at all",
+    "mmd": "squared maximum mean discrepancy: 0 is none, 2 is no overlap",
+    "mmd_p": "p-value of its test that there is no difference",
+    "location": "share of the distance that is location and scale",
+    "ordered": "AUROC between the two clumps that the answers on the target form: 0.5 is one clump",
+}
+DECIDED = {
+    "recipe": "The recipe names the way; none of these figures decided.",
+    "labels": "The labelled rows of the target decided, and of equals what the shift asks for. Only "
+    "information_maximisation, consensus, source_only and what the shift asks for could be chosen.",
+    "shift": "The kind of the shift decided, with the rarest class that source_only names. No other figure "
+    "of the table had a say, and only information_maximisation, consensus and source_only could be chosen.",
+}
 RULES = {
     "floor": "good enough at all",
     "min_gain": "shown to be better",
@@ -88,6 +102,7 @@ def write(recipe: Recipe, layout: Layout, verdict: dict[str, Any] | None = None)
         "reliability": _reliability(said),
         "domains": _domains(said, verdict),
         "classes": _classes(said),
+        "adaptation": _adaptation(said, layout) if "shift" in said.model else None,
         "training": _training(layout, said.model),
         "mistakes": _mistakes(said, recipe, layout),
         "data": _data(said, layout),
@@ -475,6 +490,54 @@ def _classes(said: _Said) -> list[dict[str, Any]]:
             }
         )
     return lines
+
+
+def _adaptation(said: _Said, layout: Layout) -> dict[str, Any]:
+    """The shift in figures and in a plane, and the ways of adapting with what was known of each."""
+    shift, candidates = said.model["shift"], said.model.get("candidates", {})
+    found = layout.model / "projection.parquet"
+    charts = _projections(pd.read_parquet(found)) if found.exists() else []
+    right: dict[str, dict[str, float]] = {}
+    if candidates and not said.blind:
+        called = pd.read_parquet(layout.model / "candidates.parquet").set_index("id").loc[said.rows["id"]]
+        # Scores of what is named need no more than a certainty in each class named.
+        certain = np.eye(len(said.classes))
+        right = {method: scores(said.truth, certain[called[method]]) for method in candidates}
+    return {
+        "figures": [(words, shift[name]) for name, words in SHIFT.items() if name in shift],
+        "charts": charts,
+        "moved": len(charts) > 1,
+        "candidates": candidates,
+        "right": right,
+        "labelled": any("right" in line for line in candidates.values()),
+        "decided": DECIDED.get(said.model.get("decided_by", ""), ""),
+    }
+
+
+def _projections(rows: pd.DataFrame) -> list[Chart]:
+    """The domains in a plane, one chart for each view."""
+    charts = []
+    for view, there in rows.groupby("view", sort=False):
+        sides = {side: at[["x", "y"]].to_numpy() for side, at in there.groupby("side")}
+        source, target = sides["source"], sides["target"]
+        spread = float(np.sqrt(np.square(source - source.mean(axis=0)).sum(axis=1).mean())) or 1.0
+        apart = float(np.linalg.norm(target.mean(axis=0) - source.mean(axis=0))) / spread
+        charts.append(
+            Chart(
+                f"plane-{view}",
+                f"{str(view).capitalize()} adapting",
+                f"{len(source)} rows of the source and {len(target)} of the target, on the two principal "
+                f"components of the source's rows. The target's centre is {apart:.2f} of the source's spread "
+                "away from the source's.",
+                Axis.around("first component", there["x"]),
+                Axis.around("second component", there["y"]),
+                [
+                    Series(side, [(float(x), float(y)) for x, y in at], look, [2.5] * len(at), line=False)
+                    for side, at, look in (("source", source, "ink"), ("target", target, "s0"))
+                ],
+            )
+        )
+    return charts
 
 
 def _training(layout: Layout, model: dict[str, Any]) -> list[Chart]:

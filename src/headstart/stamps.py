@@ -36,6 +36,7 @@ MODULES = (
     "launching",
     "layout",
     "metrics",
+    "normalisation",
     "packs",
     "precision",
     "recipe",

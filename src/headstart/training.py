@@ -10,7 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,11 +30,15 @@ from headstart.metrics import Floats, Ints
 from headstart.recipe import Recipe, Train
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from headstart.adaptation import Source
     from headstart.finetuning import Tuning
     from headstart.shifts import Diagnosis
 
 Rows = NDArray[np.int64]
 log = logging.getLogger(__name__)
+POINTS = 300  # of a side, in a projection
 PUT_ASIDE: dict[str, Any] = {"label": HIDDEN, "confidence": 1.0, "weight": 1.0, "split": "train"}
 
 
@@ -108,8 +115,8 @@ def train(recipe: Recipe, layout: Layout) -> None:
     if recipe.train.trains_backbone:
         from headstart import devices
 
-        # Domains are compared, and rows labelled anew, within one process.
-        alone = recipe.train.alignment or recipe.train.teach
+        # Domains are compared, and rows read or labelled anew, within one process.
+        alone = recipe.train.alignment or recipe.train.teach or recipe.train.target_statistics
         if not launching.launched() and (processes := devices.processes()) > 1 and not alone:
             launching.train(Path("recipes") / f"{layout.recipe}.yaml", processes)
             return
@@ -210,6 +217,12 @@ def source_of(
         kept = frozen_of(recipe, examples, train, val)
         return kept if launching.first() else None
     tuning, frozen = begin(recipe, layout, examples, train, val, key=key)
+    if recipe.train.target_statistics and not tuning.classifier.normalises():
+        raise HeadstartError(
+            f"{tuning.classifier.spec.architecture} has no BatchNorm to give the target's statistics",
+            where="train.target_statistics",
+            do="leave it out",
+        )
     tuning.run()
     clock = layout.work / "train" / f"{key}.csv" if key is not None else None
     tuned = Tuned(recipe, examples, tuning, frozen, clock, tuning.probabilities(val))
@@ -270,6 +283,7 @@ class Tuned:
     frozen: Frozen | None
     clock: Path | None
     of_val: Floats  # what it says of the validation rows, found while all processes were at hand
+    normalised: dict[str, Tensor] | None = None  # BatchNorm for the target domain, if it has its own
 
     @property
     def head(self) -> Head:
@@ -293,6 +307,35 @@ class Tuned:
         everything = np.arange(len(self.examples.truth))
         return replace(self, examples=replace(self.examples, features=self.tuning.vectors(everything)))
 
+    def reading(self, target: Rows, train: Rows, everything: Rows) -> Tuned:
+        """The same, but rows of the target domain are read with BatchNorm statistics of their own.
+
+        Args:
+            target: rows to take statistics of.
+            train: rows that it learned from.
+            everything: all rows of the target domain, to be read so.
+        """
+        import torch
+
+        from headstart import features, normalisation, packs, precision
+
+        pack, device = self.tuning.pack, self.tuning.device
+
+        def batches(rows: Rows) -> Iterator[tuple[Tensor, ...]]:
+            dealt = np.random.default_rng(self.recipe.train.seed).permutation(rows)
+            for part in packs.cut(dealt, normalisation.BATCH):
+                yield tuple(torch.from_numpy(array) for array in pack.batch(part))
+
+        with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
+            self.tuning.classifier.save(Path(folder))
+            weights, options = Path(folder) / "backbone", self.recipe.features
+            found = normalisation.adapted(weights, options, batches(train), batches(target), device)
+            normalisation.write(weights, found)
+            extractor = features.Extractor(weights, options, precision.Arithmetic())
+            vectors = np.array(self.examples.features)
+            vectors[everything] = extractor.read(features.Packed(pack, everything, device.type))
+        return replace(self, examples=replace(self.examples, features=vectors), normalised=found)
+
     def probabilities(self, rows: Rows) -> Floats:
         """float64 [rows, classes]."""
         return self.tuning.probabilities(rows)
@@ -303,7 +346,7 @@ class Tuned:
         Returns:
             Features [rows, d] by the files, computed as a served model computes them.
         """
-        from headstart import features
+        from headstart import features, normalisation
 
         history = self.tuning.history
         pd.DataFrame(history.steps).to_csv(folder / "steps.csv", index=False, lineterminator="\n")
@@ -311,6 +354,8 @@ class Tuned:
         if self.clock is not None:  # beside the model: no two runs take the same time
             pd.DataFrame(history.clock).to_csv(self.clock, index=False, lineterminator="\n")
         self.tuning.classifier.save(folder)
+        if self.normalised:
+            normalisation.write(folder / "backbone", self.normalised)
         pack = self.tuning.pack
         arithmetic = features.arithmetic_for(
             folder / "backbone",
@@ -359,10 +404,22 @@ class Calibrated:
 
 
 @dataclass(frozen=True)
+class Sides:
+    """The rows that an adaptation saw."""
+
+    train: Rows  # labelled, of the source domains
+    val: Rows  # likewise; no head was fitted to them
+    target: Rows  # of the target domain
+    known: Rows  # those of them with a label
+
+
+@dataclass(frozen=True)
 class Adapted:
     """Domain adaptation: a head for the target domain, beside the model of the source domains."""
 
+    choices: Train
     source: Frozen | Tuned
+    sides: Sides
     head: Head
     method: str
     reason: str
@@ -387,13 +444,61 @@ class Adapted:
             "adaptation": self.method,
             "reason": self.reason,
             "taught": self.taught is not None,
+            "target_statistics": self.normalised,
             "expected_accuracy": dict(
                 zip(("value", "low", "high"), (round(e, 4) for e in self.expected), strict=True)
             ),
             "shift": told
             | {f"{side}_shares": [round(float(s), 4) for s in of] for side, of in shares.items()}
             | {"kind": shift.kind, "words": shift.words},
+            "decided_by": self._decided_by,
+            "candidates": self._judged,
         } | (self.taught or self.source).said
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the source's backbone reads the target with BatchNorm statistics of its own."""
+        return isinstance(self.source, Tuned) and self.source.normalised is not None
+
+    @property
+    def _decided_by(self) -> str:
+        """What the choice among the candidates rests on."""
+        from headstart import adaptation
+
+        if self.choices.adaptation:
+            return "recipe"
+        return "labels" if len(self.sides.known) >= adaptation.KNOWN_ENOUGH else "shift"
+
+    @cached_property
+    def _candidates(self) -> dict[str, Head]:
+        """A head by each way of adapting, none of which has seen the few labels of the target."""
+        from headstart import adaptation
+
+        features = self.source.examples.features
+        labelled = _labelled(self.source.examples, self.choices, self.sides.train)
+        return adaptation.candidates(
+            self.source.head, labelled, features[self.sides.target], seed=self.choices.seed
+        )
+
+    @cached_property
+    def _judged(self) -> dict[str, dict[str, float]]:
+        """What was known of each candidate without the target's labels, or by the few that there are."""
+        from headstart import adaptation
+
+        examples, sides = self.source.examples, self.sides
+        features = examples.features
+        found = adaptation.judged(
+            self._candidates,
+            (features[sides.val], examples.truth[sides.val]),
+            features[sides.train],
+            features[sides.target],
+        )
+        for method, head in self._candidates.items() if len(sides.known) else ():
+            named = head.logits(features[sides.known]).argmax(axis=1)
+            found[method]["right"] = float((named == examples.truth[sides.known]).mean())
+        return {
+            method: {name: round(value, 4) for name, value in line.items()} for method, line in found.items()
+        }
 
     @property
     def chosen(self) -> str:
@@ -409,14 +514,57 @@ class Adapted:
     def publish(self, folder: Path, rows: Rows) -> Floats:
         """Write the source's files, ``head.safetensors``, and the head before as ``source.safetensors``.
 
-        Of a model that was taught, what it writes itself.
+        Of a model that was taught, what it writes itself. For the report also ``projection.parquet`` and
+        ``candidates.parquet``: what each way of adapting calls the target's test rows.
         """
+        examples = self.source.examples
+        test = rows[(examples.truth[rows] < 0) & (examples.manifest["split"].to_numpy()[rows] == "test")]
+        called = {
+            method: head.logits(examples.features[test]).argmax(axis=1).astype(np.int16)
+            for method, head in self._candidates.items()
+        }
+        ids = examples.manifest["id"].to_numpy()[test]
+        pd.DataFrame({"id": ids} | called).to_parquet(folder / "candidates.parquet", index=False)
+        self._projected().to_parquet(folder / "projection.parquet", index=False)
         if self.taught:
             return self.taught.publish(folder, rows)
         vectors = self.source.write(folder, rows)
         self.head.save(folder / "head.safetensors")
-        self.source.head.save(folder / "source.safetensors")
+        if self.normalised:  # what is published reads the target alone
+            of_source = examples.truth[rows] >= 0
+            vectors[of_source] = examples.features[rows[of_source]]
+        else:
+            self.source.head.save(folder / "source.safetensors")
         return self._told(vectors, rows)
+
+    def _projected(self) -> pd.DataFrame:
+        """Some rows of both sides in a plane, before and after: ``view``, ``side``, ``x``, ``y``.
+
+        What is there after is missing where adapting moves no row, but the head alone.
+        """
+        from headstart import adaptation
+
+        chance = np.random.default_rng(self.choices.seed)
+        features = self.source.examples.features
+        sides = self.sides.train, self.sides.target
+        shown = [np.sort(chance.permutation(len(side))[:POINTS]) for side in sides]
+        mine, theirs = (features[side] for side in sides)
+        views = {"before": adaptation.projection("source_only", mine, theirs, (shown[0], shown[1]))}
+        if isinstance(self.source, Tuned) and self.normalised:
+            few = self.source.tuning.vectors(sides[1][shown[1]])
+            views["before"] = adaptation.projection("source_only", mine, few, (shown[0], np.arange(len(few))))
+        if self.taught:  # by another backbone
+            seen = [self.taught.tuning.vectors(side[few]) for side, few in zip(sides, shown, strict=True)]
+            everything = np.arange(len(seen[0])), np.arange(len(seen[1]))
+            views["after"] = adaptation.projection("source_only", seen[0], seen[1], everything)
+        elif self.method in adaptation.MOVING or self.normalised:
+            views["after"] = adaptation.projection(self.method, mine, theirs, (shown[0], shown[1]))
+        lines = [
+            pd.DataFrame({"view": view, "side": side, "x": at[:, 0], "y": at[:, 1]})
+            for view, both in views.items()
+            for side, at in zip(("source", "target"), both, strict=True)
+        ]
+        return pd.concat(lines, ignore_index=True).round(3)
 
     def _told(self, vectors: Features, rows: Rows) -> Floats:
         target = self.source.examples.truth[rows] < 0
@@ -438,13 +586,15 @@ def adapted(
     """
     from headstart import adaptation, shifts
 
-    examples = source.examples
-    targets, weights = labels(examples, choices, train)
-    labelled = adaptation.Source(_finite(examples, train), targets[train], weights[train])
     known = np.empty(0, np.int64) if known is None else known
-    there = np.sort(np.concatenate([examples.unlabelled("train", "val"), known]))
+    there = np.sort(np.concatenate([source.examples.unlabelled("train", "val"), known]))
+    if choices.target_statistics and isinstance(source, Tuned) and len(there):
+        everything = np.union1d(np.flatnonzero(source.examples.truth < 0), known)
+        source = source.reading(there, train, everything)
+    examples = source.examples
+    labelled = _labelled(examples, choices, train)
     target = _finite(examples, there)
-    given = np.searchsorted(there, known), targets[known]
+    given = np.searchsorted(there, known), labels(examples, choices, train)[0][known]
     if len(target) < 2:
         raise HeadstartError("the target domain has no rows to adapt to", do="add rows of the target domain")
     groups = examples.manifest["group"].to_numpy()
@@ -478,7 +628,16 @@ def adapted(
         target,
         method in adaptation.MOVING,
     )
-    return Adapted(source, head, method, reason, shift, expected)
+    sides = Sides(train, val, there, known)
+    return Adapted(choices, source, sides, head, method, reason, shift, expected)
+
+
+def _labelled(examples: Examples, choices: Train, train: Rows) -> Source:
+    """The rows ``train`` as an adaptation learns from them."""
+    from headstart import adaptation
+
+    targets, weights = labels(examples, choices, train)
+    return adaptation.Source(_finite(examples, train), targets[train], weights[train])
 
 
 def taught(  # noqa: PLR0917  # as ``fit``, and the teacher
@@ -503,7 +662,14 @@ def taught(  # noqa: PLR0917  # as ``fit``, and the teacher
     there = examples.unlabelled("train", "val")
     guessed = examples.named(there, model.probabilities(there))
     again = source_of(
-        recipe.training(method="fine_tune", tune=False, alignment=None, teach=False, frozen_below=0),
+        recipe.training(
+            method="fine_tune",
+            tune=False,
+            alignment=None,
+            teach=False,
+            target_statistics=False,
+            frozen_below=0,
+        ),
         layout,
         guessed,
         np.sort(np.concatenate([train, there])),
