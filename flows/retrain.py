@@ -54,7 +54,13 @@ class Outcome:
 in_words()
 
 
-@flow(name="retrain", flow_run_name="retrain {recipe}", persist_result=False, retries=0)
+@flow(
+    name="retrain",
+    flow_run_name="retrain {recipe}",
+    persist_result=False,
+    retries=0,  # a task is patient with the network; what else fails would fail again
+    timeout_seconds=24 * 3600,  # a run that hangs would keep every later one away
+)
 def retrain(recipe: str, reason: str = "asked for") -> Outcome:
     """Bring one recipe up to date, from its source to the model registry.
 
