@@ -88,7 +88,13 @@ def timed(steps: list[Step], name: str) -> Iterator[Step]:
 in_words()
 
 
-@flow(name="retrain", flow_run_name="retrain {recipe}", persist_result=False, retries=0)
+@flow(
+    name="retrain",
+    flow_run_name="retrain {recipe}",
+    persist_result=False,
+    retries=0,  # a task is patient with the network; what else fails would fail again
+    timeout_seconds=24 * 3600,  # a run that hangs would keep every later one away
+)
 def retrain(recipe: str, reason: str = ASKED, force: bool = False) -> State[Outcome]:
     """Bring one recipe up to date, from its source and its inbox to the model registry.
 

@@ -19,7 +19,13 @@ from tasks.recovery import recoverable
 in_words()
 
 
-@flow(name="score", flow_run_name="score {model}@{version}", persist_result=False, retries=0)
+@flow(
+    name="score",
+    flow_run_name="score {model}@{version}",
+    persist_result=False,
+    retries=0,
+    timeout_seconds=6 * 3600,
+)
 def score(model: str, inputs: list[str], output: str, version: str = "champion") -> str:
     """Predict every row of the inputs, and say how it went.
 

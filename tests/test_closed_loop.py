@@ -1,4 +1,4 @@
-"""The closed loop: rows of another kind arrive without labels, and one run does what is to be done about it."""
+"""The closed loop: rows of another kind arrive without labels, and one run does what is to be done."""
 
 from __future__ import annotations
 

@@ -132,37 +132,3 @@ def test_watching_tells_of_a_batch_once_and_a_rejected_one_stops_no_flow(project
     assert events[0]["payload"]["batches"] == ["bad.csv", "good.csv"]
     assert events[1]["payload"]["batch"] == "bad"
     assert all(event["resource"]["prefect.resource.id"] == "headstart.recipe.moods" for event in events)
-
-
-def test_a_model_made_before_its_target_came_is_adapted_once_rows_arrive(project: Project) -> None:
-    everything = pd.read_csv(project.root / "inbox/moods.csv")
-    everything[everything["shop"] == "a"].to_csv(project.root / "inbox/start.csv", index=False)
-    text = (project.root / "recipes/moods.yaml").read_text().replace("inbox/moods.csv", "inbox/start.csv")
-    domains = '"adapter": "table", "target_domain": "b", "source_domains": ["a"], "min_rows_per_class": 2'
-    text = text.replace('"adapter": "table"', domains)
-    text = text.replace("train: {}", 'train: {"method": "domain_adaptation"}')
-    (project.root / "recipes/shops.yaml").write_text(text)
-    printed = project.ok("headstart", "run", "recipes/shops.yaml")
-    assert "registered as shops version 1" in printed
-    assert "version 1 promoted to champion" in printed  # judged on rows of the source
-    model = json.loads((project.root / "model/shops/model.json").read_text())
-    assert (model["adaptation"], model["reason"].partition(",")[0]) == (None, "no row of b has come yet")
-    card = (project.root / "reports/shops/model-card.md").read_text()
-    assert "not adapted to another domain: no row of b has come yet" in card
-
-    (project.root / "inbox/shops").mkdir()
-    target = everything[everything["shop"] == "b"]
-    target.assign(mood="").to_csv(project.root / "inbox/shops/b.csv", index=False)
-    project.ok("headstart", "receive", "recipes/shops.yaml")
-    printed = project.ok("headstart", "run", "recipes/shops.yaml")
-    assert "registered as shops version 2" in printed
-    assert "no label of b is known, so nothing can be shown" in printed
-    model = json.loads((project.root / "model/shops/model.json").read_text())
-    assert model["adaptation"]
-
-    rows = pd.read_parquet(project.root / "manifest/shops/manifest.parquet").query("domain == 'b'")
-    late = rows.merge(target, left_on="text", right_on="body")[["id", "mood"]]
-    late.rename(columns={"mood": "label"}).to_csv(project.root / "inbox/shops/late.csv", index=False)
-    project.ok("headstart", "receive", "recipes/shops.yaml")
-    printed = project.ok("headstart", "run", "recipes/shops.yaml")
-    assert "registered as shops version" in printed and "train " not in printed

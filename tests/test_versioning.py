@@ -1,0 +1,46 @@
+"""DVC, as the tasks see it: a stage lasts no longer than whoever waits for it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tasks import versioning
+from tests.conftest import Project, isolated
+
+GRAPH = """
+stages:
+  train:
+    matrix:
+      recipe: [moods]
+    cmd: echo at work && sleep 300
+"""
+
+
+def test_a_stage_ends_when_a_timeout_or_a_stop_ends_the_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "project"
+    root.mkdir()
+    project = Project(root, isolated(tmp_path))
+    project.ok("git", "init", "--quiet")
+    project.ok("dvc", "init", "--quiet")
+    (root / "dvc.yaml").write_text(GRAPH)
+    for name, value in project.environment.items():
+        monkeypatch.setenv(name, value)
+    asleep: list[psutil.Process] = []
+
+    def stop(line: str) -> None:
+        if line == "at work":
+            below = psutil.Process(os.getpid()).children(recursive=True)
+            asleep.extend(each for each in below if "sleep 300" in " ".join(each.cmdline()))
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        versioning.reproduce(root, "train", "moods", stop)
+    assert asleep
+    _, alive = psutil.wait_procs(asleep, 20)
+    assert not alive
