@@ -9,7 +9,7 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.logs import in_words
-from headstart import environment, monitoring
+from headstart import environment
 from headstart.layout import Layout
 from headstart.recipe import load
 from tasks.monitor import monitor as compare
@@ -33,4 +33,4 @@ def monitor(recipe: str, inputs: list[str] | None = None) -> str:
     environment.prepare(root)
     chosen, layout = load(root / "recipes" / f"{recipe}.yaml"), Layout(root, recipe)
     found = compare(chosen, layout, inputs)
-    return found.reason if found else monitoring.idle(chosen, layout, inputs)
+    return found.reason if found else f"{recipe}: nothing to compare"
