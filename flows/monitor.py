@@ -9,7 +9,7 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.logs import in_words
-from headstart import environment, monitoring
+from headstart import environment
 from headstart.layout import Layout
 from headstart.recipe import load
 from tasks.monitor import monitor as compare
@@ -18,7 +18,13 @@ from tasks.recovery import recoverable
 in_words()
 
 
-@flow(name="monitor", flow_run_name="monitor {recipe}", persist_result=False, retries=0)
+@flow(
+    name="monitor",
+    flow_run_name="monitor {recipe}",
+    persist_result=False,
+    retries=0,
+    timeout_seconds=6 * 3600,
+)
 def monitor(recipe: str, inputs: list[str] | None = None) -> str:
     """Test recent rows for drift.
 
@@ -35,4 +41,4 @@ def monitor(recipe: str, inputs: list[str] | None = None) -> str:
     chosen, layout = load(root / "recipes" / f"{recipe}.yaml"), Layout(root, recipe)
     with recoverable(root):
         found = compare(chosen, layout, inputs)
-    return found.reason if found else monitoring.idle(chosen, layout, inputs)
+    return found.reason if found else f"{recipe}: nothing to compare"

@@ -20,7 +20,13 @@ from tasks.recovery import recoverable
 in_words()
 
 
-@flow(name="watch", flow_run_name="watch {recipe}", persist_result=False, retries=0)
+@flow(
+    name="watch",
+    flow_run_name="watch {recipe}",
+    persist_result=False,
+    retries=0,
+    timeout_seconds=3600,
+)
 def watch(recipe: str) -> str:
     """Look at one recipe's inbox once.
 

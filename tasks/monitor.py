@@ -24,17 +24,15 @@ from tasks.stage import PATIENT
     **PATIENT,
 )
 def monitor(recipe: Recipe, layout: Layout, inputs: Sequence[str] | None = None) -> Drift | None:
-    """Test recent rows for drift, write the page, log the figures; None if there is nothing to test.
+    """Test recent rows for drift, write the page, log the figures; None, and why in the log, if nothing is to test.
 
     Drift is emitted as ``headstart.drift.detected``, with its reason, the champion's version, what the recent
     rows are, how many there are and how many of them have labels.
     """
     log = get_run_logger().info
-    if words := monitoring.idle(recipe, layout, inputs):
-        log(words)
-        return None
     found = monitoring.monitor(recipe, layout, inputs)
-    if found is None:
+    if isinstance(found, str):
+        log(found)
         return None
     page = drift_report.write(recipe, layout, found)
     monitoring.log(recipe, found, page)

@@ -337,11 +337,10 @@ def monitor(
     from headstart import drift_report, monitoring
 
     given = [os.path.join(here, each) for each in inputs or ()]  # noqa: PTH118  # a pattern is no path
-    if words := monitoring.idle(chosen, layout, given):
-        print(words)
-        return
     found = monitoring.monitor(chosen, layout, given)
-    assert found
+    if isinstance(found, str):
+        print(found)
+        return
     page = drift_report.write(chosen, layout, found)
     monitoring.log(chosen, found, page)
     print(f"{found}\nsee {page}")

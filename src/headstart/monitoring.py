@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import os
 import re
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -117,7 +117,7 @@ class Monitored:
         return "\n".join(told)
 
 
-def monitor(recipe: Recipe, layout: Layout, inputs: Sequence[str] | None = None) -> Monitored | None:
+def monitor(recipe: Recipe, layout: Layout, inputs: Sequence[str] | None = None) -> Monitored | str:
     """Compare recent rows with those that the champion knows.
 
     The known rows are the manifest's in val and test, of the batches that the champion's data had (of the
@@ -133,34 +133,34 @@ def monitor(recipe: Recipe, layout: Layout, inputs: Sequence[str] | None = None)
         inputs: files, folders, patterns or tables, as of ``scoring.score``.
 
     Returns:
-        None where there is no champion yet, or nothing recent; ``idle`` says which.
+        What was found; or why there is nothing to find: no champion, nothing recent, too few rows.
 
     Raises:
-        HeadstartError: the manifest or the registry cannot be read, or there are too few rows to test.
+        HeadstartError: the manifest, the inputs or the registry cannot be read.
     """
-    if idle(recipe, layout, inputs):
-        return None
+    client, name = promotion.opened(), recipe.model_name
+    champion = promotion.champion_of(client, name)
+    if champion is None:
+        return f"{name} has no champion yet, so there is nothing to compare with"
+    # Looked up before the model is loaded, which takes seconds.
+    seen = _batches_of(promotion.tags(client, name, champion))
+    news = [each for each in batches.names(layout) if each not in seen]
+    if not inputs and not news:
+        return f"no batch has come since the data of {name} version {champion}"
     from headstart import models
 
-    version = models.load(recipe.model_name)
-    options, seen = recipe.monitor, _batches_of(version.tags)
+    version, options = models.load(name, champion), recipe.monitor
     if inputs:
         where = ", ".join(inputs)
         recent = _given(recipe, version, inputs, options.rows)
     else:
-        news = _news(layout, seen)
         where = f"batch{'es' if len(news) > 1 else ''} {', '.join(news)}"
         recent = _arrived(recipe, layout, news, options.rows)
-    known = _known(recipe, layout, seen, options.rows)
-    mine = _remembered(layout, version, known)
+    mine = _remembered(layout, version, *_known(recipe, layout, seen, options.rows))
     theirs, read = _looked_at(version.model, recent)
-    few = min(len(mine), len(theirs))
-    if few < drift.FEWEST:
-        raise HeadstartError(
-            f"{few} rows are too few to tell drift from chance",
-            where=where if len(theirs) == few else str(layout.manifest),
-            do=f"wait for {drift.FEWEST}; a hundred show most of what matters",
-        )
+    if (few := min(len(mine), len(theirs))) < drift.FEWEST:
+        whose = where if few == len(theirs) else "what the champion knows"
+        return f"{few} rows of {whose} are too few to tell drift from chance: {drift.FEWEST} are the fewest"
     found = drift.detect(
         mine,
         theirs,
@@ -182,17 +182,6 @@ def monitor(recipe: Recipe, layout: Layout, inputs: Sequence[str] | None = None)
         promised=_promised(version),
         measured=_measured(recipe, version, theirs, read),
     )
-
-
-def idle(recipe: Recipe, layout: Layout, inputs: Sequence[str] | None = None) -> str:
-    """Why there is nothing to monitor; empty if there is something. Looks at names alone."""
-    client, name = promotion.opened(), recipe.model_name
-    champion = promotion.champion_of(client, name)
-    if champion is None:
-        return f"{name} has no champion yet, so there is nothing to compare with"
-    if not inputs and not _news(layout, _batches_of(promotion.tags(client, name, champion))):
-        return f"no batch has come since the data of {name} version {champion}"
-    return ""
 
 
 def log(recipe: Recipe, found: Monitored, page: Path) -> None:
@@ -248,12 +237,8 @@ def _batches_of(tags: dict[str, str]) -> list[str]:
     return named
 
 
-def _news(layout: Layout, seen: Sequence[str]) -> list[str]:
-    return [name for name in batches.names(layout) if name not in seen]
-
-
-def _known(recipe: Recipe, layout: Layout, seen: Sequence[str], most: int) -> Rows:
-    """Held-out rows of the data that the champion had."""
+def _known(recipe: Recipe, layout: Layout, seen: Sequence[str], most: int) -> tuple[Rows, list[str]]:
+    """Held-out rows of the data that the champion had, and a digest of what is in each."""
     try:
         rows = pd.read_parquet(layout.manifest / "manifest.parquet")
         aside = pd.read_parquet(layout.truth / "labels.parquet")
@@ -271,8 +256,9 @@ def _known(recipe: Recipe, layout: Layout, seen: Sequence[str], most: int) -> Ro
         rows = rows[of_target] if of_target.any() else rows  # before the target came, its sources were all
     rows = rows.iloc[_sampled(rows["id"], most)]
     true = dict(zip(aside["id"], aside["label"], strict=True))
-    labels = [true.get(row, HIDDEN) if label == HIDDEN else label for row, label in _pairs(rows)]
-    return Rows(rows["id"].tolist(), _items(recipe, layout, rows), labels, rows["group"].tolist())
+    labels = [label or true.get(row, HIDDEN) for row, label in zip(rows["id"], rows["label"], strict=True)]
+    known = Rows(rows["id"].tolist(), _items(recipe, layout, rows), labels, rows["group"].tolist())
+    return known, rows["digest"].tolist()
 
 
 def _arrived(recipe: Recipe, layout: Layout, names: Sequence[str], most: int) -> Rows:
@@ -318,10 +304,6 @@ def _given(recipe: Recipe, version: Version, inputs: Sequence[str], most: int) -
         raise HeadstartError("there is no row to look at", where=", ".join(inputs), do="name other inputs")
     kept.sort(key=lambda row: row[0])
     return Rows([row[0] for row in kept], [row[1] for row in kept], [row[2] for row in kept])
-
-
-def _pairs(rows: pd.DataFrame) -> Iterable[tuple[str, str]]:
-    return zip(rows["id"], rows["label"], strict=True)
 
 
 def _items(recipe: Recipe, layout: Layout, rows: pd.DataFrame) -> list[Item]:
@@ -391,13 +373,10 @@ def _side(
     )
 
 
-def _remembered(layout: Layout, version: Version, rows: Rows) -> Side:
+def _remembered(layout: Layout, version: Version, rows: Rows, digests: list[str]) -> Side:
     """The known rows' side, whose vectors are kept from one call to the next."""
-    whole = hashlib.sha256(json.dumps([version.run_id, version.tags.get("headstart.digest")]).encode())
-    for name, item in zip(rows.names, rows.items, strict=True):
-        content = f"{item}\0{item.stat().st_mtime_ns}" if isinstance(item, Path) else str(item)
-        whole.update(f"{name}\0{content}\n".encode(errors="surrogatepass"))
-    key = whole.hexdigest()
+    told = [version.run_id, version.tags.get("headstart.digest"), rows.names, digests]
+    key = hashlib.sha256(json.dumps(told).encode()).hexdigest()
     path = layout.work / f"reference-{version.version}.npz"
     kept = _kept(path, key)
     if kept is None:
@@ -405,15 +384,21 @@ def _remembered(layout: Layout, version: Version, rows: Rows) -> Side:
         inputs = _gauged(version.model, [rows.items[place] for place in good])
         kept = {"vectors": vectors, "good": np.array(good, np.int64)}
         kept |= {f"input:{name}": values for name, values in inputs.items()}
-        with unwritable_named(path):
-            layout.work.mkdir(parents=True, exist_ok=True)
-            for old in layout.work.glob("reference-*.npz"):
-                old.unlink(missing_ok=True)
-            with tempfile.NamedTemporaryFile(dir=layout.work, suffix=".npz.partial", delete=False) as file:
-                np.savez(file, allow_pickle=False, key=np.array(key), **kept)
-            Path(file.name).replace(path)
+        if len(good) == len(rows.items):  # else files are missing, and may come back
+            _keep(path, key, kept)
     inputs = {name[6:]: values for name, values in kept.items() if name.startswith("input:")}
     return _side(version.model, rows.chosen(kept["good"].tolist()), kept["vectors"], inputs)
+
+
+def _keep(path: Path, key: str, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+    """Write the arrays in place of those of other versions."""
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.npz")
+    with unwritable_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob("reference-*.npz"):
+            old.unlink(missing_ok=True)
+        np.savez(partial, allow_pickle=False, key=np.array(key), **arrays)
+        partial.replace(path)
 
 
 def _kept(path: Path, key: str) -> dict[str, np.ndarray[Any, Any]] | None:
