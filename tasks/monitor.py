@@ -24,7 +24,7 @@ from tasks.stage import PATIENT
     **PATIENT,
 )
 def monitor(recipe: Recipe, layout: Layout, inputs: Sequence[str] | None = None) -> Drift | None:
-    """Test recent rows for drift, write the page, log the figures; None, and why in the log, if nothing is to test.
+    """Test recent rows for drift, write the page, log the figures; None if nothing is to test.
 
     Drift is emitted as ``headstart.drift.detected``, with its reason, the champion's version, what the recent
     rows are, how many there are and how many of them have labels.
