@@ -24,11 +24,7 @@ from tasks.stage import PATIENT
     **PATIENT,
 )
 def monitor(recipe: Recipe, layout: Layout, inputs: Sequence[str] | None = None) -> Drift | None:
-<<<<<<< HEAD
-    """Test recent rows for drift, write the page, log the figures; None if there is nothing to test.
-=======
     """Test recent rows for drift, write the page, log the figures; None if nothing is to test.
->>>>>>> wt-C
 
     Drift is emitted as ``headstart.drift.detected``, with its reason, the champion's version, what the recent
     rows are, how many there are and how many of them have labels.
