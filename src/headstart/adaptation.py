@@ -394,9 +394,9 @@ def projection(
     """
     from_source, from_target = maps(method, source, target)
     covariance = _covariance(source, from_source)
-    axes = _components(covariance, min(2, len(covariance)))
+    axes = _components(covariance, min(2, len(covariance)))[:, ::-1]  # the largest first
     largest = np.abs(axes).argmax(axis=0)
-    axes *= np.sign(axes[largest, np.arange(len(largest))])  # a sign means nothing, but must not change
+    axes = axes * np.sign(axes[largest, np.arange(len(largest))])  # a sign means nothing, but must not change
     axes = np.pad(axes, ((0, 0), (0, 2 - len(largest))))
     mine, theirs = shown
     return from_source(source[mine]) @ axes, from_target(target[theirs]) @ axes

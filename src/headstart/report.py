@@ -489,6 +489,8 @@ def _classes(said: _Said) -> list[dict[str, Any]]:
 
 def _adaptation(said: _Said, layout: Layout) -> dict[str, Any]:
     """The shift in figures and in a plane, and the ways of adapting with what was known of each."""
+    from headstart import adaptation
+
     shift, candidates = said.model["shift"], said.model.get("candidates", {})
     found = layout.model / "projection.parquet"
     charts = _projections(pd.read_parquet(found)) if found.exists() else []
@@ -499,7 +501,12 @@ def _adaptation(said: _Said, layout: Layout) -> dict[str, Any]:
         certain = np.eye(len(said.classes))
         right = {method: scores(said.truth, certain[called[method]]) for method in candidates}
     return {
-        "figures": [(words, shift[name]) for name, words in SHIFT.items() if name in shift],
+        "figures": [
+            (words, _number(shift[name]).replace("-", MINUS))
+            for name, words in SHIFT.items()
+            if name in shift
+        ],
+        "compared": adaptation.COMPARED,
         "charts": charts,
         "moved": len(charts) > 1,
         "candidates": candidates,
