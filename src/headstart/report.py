@@ -507,6 +507,7 @@ def _adaptation(said: _Said, layout: Layout) -> dict[str, Any]:
             if name in shift
         ],
         "compared": adaptation.COMPARED,
+        "left_out": [method for method in adaptation.METHODS if method not in candidates],
         "charts": charts,
         "moved": len(charts) > 1,
         "candidates": candidates,

@@ -473,7 +473,7 @@ class Adapted:
         features = self.source.examples.features
         labelled = _labelled(self.source.examples, self.choices, self.sides.train)
         return adaptation.candidates(
-            self.source.head, labelled, features[self.sides.target], seed=self.choices.seed
+            self.source.head, labelled, features[self.sides.target], self.method, seed=self.choices.seed
         )
 
     @cached_property
