@@ -611,9 +611,27 @@ def test_a_method_that_moves_rows_brings_the_domains_together_in_the_plane(metho
     apart = {}
     for name in ("source_only", method):
         mine, theirs = adaptation.projection(name, x, other * SCALE + SHIFT, everything)
-        assert np.cov(mine.T)[0, 1] == pytest.approx(0, abs=1e-3)  # principal axes of the source
+        spread = np.cov(mine.T)
+        assert spread[0, 1] == pytest.approx(0, abs=1e-3)  # principal axes of the source
+        assert spread[0, 0] >= spread[1, 1]
         apart[name] = np.linalg.norm(mine.mean(axis=0) - theirs.mean(axis=0))
     assert apart["source_only"] > 1
     assert apart[method] < 1e-3
     (mine, theirs) = adaptation.projection("source_only", x[:, :1], x[:, :1], everything)
     assert (mine[:, 1] == 0).all()
+
+
+def test_slow_methods_are_left_out_of_a_comparison_on_wide_features_but_for_the_one_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (x, truth), (other, _) = rows(40, seed=0), rows(40, seed=1)
+    head = adapt("source_only", labelled(x, truth), other, 0.1)
+    slow, dimensions = set(adaptation.SLOW), x.shape[1]
+    for wide, chosen, absent in (
+        (dimensions - 1, "consensus", slow),
+        (dimensions - 1, "optimal_transport", slow - {"optimal_transport"}),
+        (dimensions, "consensus", set()),
+    ):
+        monkeypatch.setattr(adaptation, "WIDE", wide)
+        found = adaptation.candidates(head, labelled(x, truth), other, chosen)
+        assert set(adaptation.METHODS) - set(found) == absent

@@ -120,7 +120,8 @@ def test_what_is_published_reads_the_target_as_it_was_read_in_training(
     examples.write_cameras_project(tmp_path, target_statistics=True, adaptation="source_only")
     recipe, layout = examples.prepared(tmp_path, "cameras")
     training.train(recipe, layout)
-    assert json.loads((layout.model / "model.json").read_text())["target_statistics"] is True
+    said = json.loads((layout.model / "model.json").read_text())
+    assert said["target_statistics"] is True
     assert not (layout.model / "source.safetensors").exists()  # no backbone is left that it belongs to
     own = pd.read_parquet(layout.model / "predictions.parquet")
     target = own[own["domain"] == "new"]
@@ -129,6 +130,8 @@ def test_what_is_published_reads_the_target_as_it_was_read_in_training(
     assert served.probabilities == pytest.approx(target[["p:dark", "p:light"]].to_numpy(), abs=1e-5)
     training.train(recipe.training(target_statistics=False), layout)
     plain = pd.read_parquet(layout.model / "predictions.parquet")
+    # What the statistics hide is still told.
+    assert json.loads((layout.model / "model.json").read_text())["shift"] == said["shift"]
     odds = {
         name: np.log(rows["p:dark"] / rows["p:light"])[rows["domain"] == domain].to_numpy()
         for name, rows, domain in (

@@ -79,9 +79,13 @@ def _moments(
     sums: dict[str, Tensor] = {}  # [3, channels]: values, their sum, the sum of their squares
 
     def note(name: str, given: Tensor) -> None:
-        values = given.double().transpose(0, 1).flatten(1)
-        count = torch.full_like(values[:, 0], values.shape[1])
-        sums[name] = sums.get(name, 0) + torch.stack([count, values.sum(dim=1), values.square().sum(dim=1)])
+        over = [axis for axis in range(given.ndim) if axis != 1]
+        # Copies in float64 would be the largest thing in memory; numbers per channel are small.
+        variance, mean = (part.double() for part in torch.var_mean(given, dim=over, correction=0))
+        count = torch.full_like(mean, given.numel() / given.shape[1])
+        sums[name] = sums.get(name, 0) + torch.stack(
+            [count, count * mean, count * (variance + mean.square())]
+        )
 
     handles = [
         layer.register_forward_pre_hook(lambda module, given, name=name: note(name, given[0]))

@@ -494,6 +494,8 @@ def _classes(said: _Said) -> list[dict[str, Any]]:
 
 def _adaptation(said: _Said, layout: Layout) -> dict[str, Any]:
     """The shift in figures and in a plane, and the ways of adapting with what was known of each."""
+    from headstart import adaptation
+
     shift, candidates = said.model["shift"], said.model.get("candidates", {})
     found = layout.model / "projection.parquet"
     charts = _projections(pd.read_parquet(found)) if found.exists() else []
@@ -504,7 +506,13 @@ def _adaptation(said: _Said, layout: Layout) -> dict[str, Any]:
         certain = np.eye(len(said.classes))
         right = {method: scores(said.truth, certain[called[method]]) for method in candidates}
     return {
-        "figures": [(words, shift[name]) for name, words in SHIFT.items() if name in shift],
+        "figures": [
+            (words, _number(shift[name]).replace("-", MINUS))
+            for name, words in SHIFT.items()
+            if name in shift
+        ],
+        "compared": adaptation.COMPARED,
+        "left_out": [method for method in adaptation.METHODS if method not in candidates],
         "charts": charts,
         "moved": len(charts) > 1,
         "candidates": candidates,

@@ -477,7 +477,7 @@ class Adapted:
         features = self.source.examples.features
         labelled = _labelled(self.source.examples, self.choices, self.sides.train)
         return adaptation.candidates(
-            self.source.head, labelled, features[self.sides.target], seed=self.choices.seed
+            self.source.head, labelled, features[self.sides.target], self.method, seed=self.choices.seed
         )
 
     @cached_property
@@ -587,11 +587,8 @@ def adapted(
     from headstart import adaptation, shifts
 
     known = np.empty(0, np.int64) if known is None else known
-    there = np.sort(np.concatenate([source.examples.unlabelled("train", "val"), known]))
-    if choices.target_statistics and isinstance(source, Tuned) and len(there):
-        everything = np.union1d(np.flatnonzero(source.examples.truth < 0), known)
-        source = source.reading(there, train, everything)
     examples = source.examples
+    there = np.sort(np.concatenate([examples.unlabelled("train", "val"), known]))
     labelled = _labelled(examples, choices, train)
     target = _finite(examples, there)
     given = np.searchsorted(there, known), labels(examples, choices, train)[0][known]
@@ -609,6 +606,11 @@ def adapted(
         examples.classes,
         seed=choices.seed,
     )
+    if choices.target_statistics and isinstance(source, Tuned):
+        # After the diagnosis: statistics of its own hide a shift rather than mend it.
+        source = source.reading(there, train, np.union1d(np.flatnonzero(examples.truth < 0), known))
+        examples = source.examples
+        target = _finite(examples, there)
     method, reason = (
         (str(choices.adaptation), "named in the recipe")
         if choices.adaptation
