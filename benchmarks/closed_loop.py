@@ -3,7 +3,8 @@
 Run it with `make demo-loop`, after `make demo`. Twice, in a project of its own that is thrown away: a
 champion learns from cells of one crystal (from film reviews), then cells of many (tweets) arrive in the
 inbox, without labels. One run takes them in, finds that they have drifted, adapts the champion to them, and
-lets the gate decide by labels that nobody but the gate has seen. What is printed is what the commands print.
+refuses to promote what nobody can judge. Then labels come that only the gate sees, and it decides. What is
+printed is what the commands print.
 """
 
 from __future__ import annotations
@@ -53,11 +54,10 @@ def fresh(folder: Path) -> Path:
 
 
 def write_recipe(project: Path, name: str, like: str, validate: dict[str, Any]) -> None:
-    """A recipe with the backbone of an example, that adapts a head on its frozen features."""
+    """A recipe like one of the examples, for data that come in two parts; two rows in five judge."""
     made = yaml.safe_load((ROOT / "recipes" / f"{like}.yaml").read_text(encoding="utf-8"))
     made["ingest"] = {"source": "file:known", "settle": 0}
-    made["validate"] = validate
-    made["train"] = {"method": "domain_adaptation", "class_weight": "balanced"}
+    made["validate"] = validate | {"splits": {"train": 0.4, "val": 0.2, "test": 0.4}}
     made["promote"] = {"metric": "balanced_accuracy"}
     (project / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump(made), encoding="utf-8")
 
@@ -85,7 +85,7 @@ def cells(project: Path) -> None:
     write_recipe(
         project,
         "cells",
-        "solar-cells",
+        "solar-cells-mono-to-poly",
         {
             "adapter": "elpv",
             "classes": ["functional", "defective"],
@@ -108,7 +108,7 @@ def texts(project: Path) -> None:
     write_recipe(
         project,
         "texts",
-        "sentiment",
+        "sentiment-movies-to-tweets",
         {
             "adapter": "table",
             "columns": {name: name for name in ("id", "domain", "group")},
@@ -126,10 +126,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
             project = fresh(Path(folder) / "project")
             prepare(project)
-            waiting, kept = project / "inbox" / name, project / "later"
-            waiting.rename(kept)
+            inbox, later = project / "inbox" / name, project / "later"
+            inbox.rename(later)
+            inbox.mkdir()
             shown(project, "headstart", "run", f"recipes/{name}.yaml")
-            kept.rename(waiting)
+            labels = later / JUDGED
+            for arrival in [each for each in later.iterdir() if each != labels]:
+                arrival.rename(inbox / arrival.name)
+            shown(project, "headstart", "run", f"recipes/{name}.yaml")
+            labels.rename(inbox / JUDGED)
             shown(project, "headstart", "run", f"recipes/{name}.yaml")
             shown(project, "headstart", "models", name, "--history")
             tags = json.loads(verdict(project, name))
