@@ -148,7 +148,7 @@ def detect(
     Rows of one group resemble each other, so new groups differ from known ones even where nothing has
     drifted: dealt as rows, every new solar module is drift. Where both sides have groups enough to reach
     ``level``, whole groups are dealt and fill whole folds; where they have not, rows are, and ``reason``
-    says so.
+    says so. Dealt groups hold the level as far as those of both sides are of like sizes.
 
     Cost: 3 s for 1,000 rows a side of 1,280 dimensions on one core.
 
