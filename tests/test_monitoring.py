@@ -65,13 +65,14 @@ def test_without_batches_there_is_nothing_to_do_and_the_command_says_so(ran: Pro
     assert not (ran.root / "reports/moods/drift.html").exists()
 
 
-def test_files_are_compared_and_rows_like_the_known_ones_are_no_drift(ran: Project) -> None:
-    examples.write_texts(ran.root / "alike.csv", rows=120, start=400)
-    said = ran.ok("headstart", "monitor", "recipes/moods.yaml", "alike.csv")
+def test_files_are_compared_and_rows_like_the_known_ones_are_no_drift(ran: Project, tmp_path: Path) -> None:
+    project = ran.copy(tmp_path / "project")
+    examples.write_texts(project.root / "alike.csv", rows=120, start=400)
+    said = project.ok("headstart", "monitor", "recipes/moods.yaml", "alike.csv")
     assert "no drift is shown between 120 recent rows" in said
     assert "right answers" in said
     assert "120 recent rows have labels: accuracy" in said
-    lost = ran("headstart", "monitor", "recipes/moods.yaml", "gone.csv")
+    lost = project("headstart", "monitor", "recipes/moods.yaml", "gone.csv")
     assert lost.returncode == 1
     assert "no file matches" in lost.stderr
 
