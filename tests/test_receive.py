@@ -159,10 +159,3 @@ def test_a_model_made_before_its_target_came_is_adapted_once_rows_arrive(project
     assert "no label of b is known, so nothing can be shown" in printed
     model = json.loads((project.root / "model/shops/model.json").read_text())
     assert model["adaptation"]
-
-    rows = pd.read_parquet(project.root / "manifest/shops/manifest.parquet").query("domain == 'b'")
-    late = rows.merge(target, left_on="text", right_on="body")[["id", "mood"]]
-    late.rename(columns={"mood": "label"}).to_csv(project.root / "inbox/shops/late.csv", index=False)
-    project.ok("headstart", "receive", "recipes/shops.yaml")
-    printed = project.ok("headstart", "run", "recipes/shops.yaml")
-    assert "registered as shops version" in printed and "train " not in printed
