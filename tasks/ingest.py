@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,12 +48,20 @@ def bring(recipe: Recipe, layout: Layout, log: Callable[[str], None]) -> str:
         HeadstartError: the source cannot be had, or the snapshot would change while the splits of
             its earlier rows are not at hand.
     """
+    with alone(layout):
+        return brought(recipe, layout, log)
+
+
+@contextlib.contextmanager
+def alone(layout: Layout) -> Iterator[None]:
+    """The right to change ``data/``: one at a time, as all recipes share data.dvc."""
     (layout.root / ".headstart").mkdir(exist_ok=True)
-    with FileLock(layout.root / ".headstart" / "ingest.lock"):  # one at a time: all share data.dvc
-        return _brought(recipe, layout, log)
+    with FileLock(layout.root / ".headstart" / "ingest.lock"):
+        yield
 
 
-def _brought(recipe: Recipe, layout: Layout, log: Callable[[str], None]) -> str:
+def brought(recipe: Recipe, layout: Layout, log: Callable[[str], None]) -> str:
+    """The same as ``bring``, for whoever has that right already."""
     list_recipe(layout)
     outcome = "fresh"
     if not layout.raw.exists() and versioning.restore_data(layout.root, recipe.name):
@@ -63,15 +72,43 @@ def _brought(recipe: Recipe, layout: Layout, log: Callable[[str], None]) -> str:
         path = sources.fetch(uri, recipe.ingest.sha256)
         if recipe.ingest.sha256 is None and not uri.startswith("file:"):
             log(f"to pin this source, add under ingest: sha256: {sources.digest_of(path)}")
-        earlier = _earlier_splits(layout)
+        earlier = earlier_splits(layout)
+        if layout.batches.exists():
+            versioning.version_data(layout.root, recipe.name, log)  # a kill may leave them there alone
         with written_whole(layout.raw) as folder:
             archives.place(path, member, folder)
+            if layout.batches.exists():
+                shutil.copytree(layout.batches, folder / layout.batches.name)
             if earlier is not None:
                 (folder / EARLIER_SPLITS).write_bytes(earlier)
             (folder / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+            if layout.batches.exists():
+                unpushed(layout).touch()
         outcome = "ran"
-    versioning.version_data(layout.root, recipe.name, log)
+    version(recipe, layout, log)
     return outcome
+
+
+def version(recipe: Recipe, layout: Layout, log: Callable[[str], None]) -> bool:
+    """Version what is in ``data/<recipe>``, and push it if it holds batches; whether it was pushed.
+
+    A source can be fetched again, a batch cannot: a remote is where other machines find it.
+    """
+    versioning.version_data(layout.root, recipe.name, log)
+    if not unpushed(layout).exists():
+        return False
+    try:
+        pushed = versioning.push(layout.root, recipe.name, log)
+    except HeadstartError as error:  # no reason to wait with the rest: the next run pushes them
+        log(f"the data are versioned here, but not pushed: {error}")
+        return False
+    unpushed(layout).unlink()
+    return pushed
+
+
+def unpushed(layout: Layout) -> Path:
+    """A mark that there are batches which no remote has."""
+    return layout.work / "unpushed"
 
 
 def list_recipe(layout: Layout) -> None:
@@ -137,7 +174,7 @@ def _files(path: Path) -> Iterator[Path]:
     yield from sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def _earlier_splits(layout: Layout) -> bytes | None:
+def earlier_splits(layout: Layout) -> bytes | None:
     """The present manifest's ``id`` and ``split`` as Parquet, or None before the first snapshot.
 
     Raises:

@@ -93,6 +93,21 @@ def version_data(root: Path, recipe: str, log: Callable[[str], None]) -> None:
     _dvc(root, ["add", "--quiet", target], log, dict(os.environ))
 
 
+def push(root: Path, recipe: str, log: Callable[[str], None]) -> bool:
+    """Push ``data/<recipe>`` to the default remote; False if there is none.
+
+    Raises:
+        HeadstartError: the remote cannot be reached.
+    """
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        if not repo.config["core"].get("remote"):
+            return False
+    _dvc(root, ["push", "--quiet", f"data/{recipe}"], log, dict(os.environ))
+    return True
+
+
 def restore_data(root: Path, recipe: str) -> bool:
     """Bring back ``data/<recipe>`` as ``data.dvc`` names it, from the cache or the remote, if possible.
 

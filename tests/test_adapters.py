@@ -89,6 +89,17 @@ def test_pictures_without_a_class_are_left_out_not_lost(tmp_path: Path) -> None:
     assert images(tmp_path)["left out"] == ["5.jpg", "notes/4.jpg", "test/3.jpg"]
 
 
+def test_pictures_where_class_folders_would_stand_have_no_label_yet(tmp_path: Path) -> None:
+    touch(tmp_path, "1.jpg", "2.png", "cat/3.jpg", "notes.txt")
+    frame = read(tmp_path, Validate(adapter="image_folder")).set_index("path")
+    assert frame["left_out"].fillna("").to_dict() == {
+        "1.jpg": "no label",
+        "2.png": "no label",
+        "cat/3.jpg": "",
+        "notes.txt": "not an image in a class folder",
+    }
+
+
 def test_any_case_of_suffix_and_any_letters_will_do(tmp_path: Path) -> None:
     names = ["пёс/1.JPG", "пёс/犬 é.Png", "cat/3.WebP"]
     assert set(images(touch(tmp_path, *names))) == set(names)
@@ -289,6 +300,15 @@ def test_solar_cells_keep_the_raters_doubt_as_confidence_and_weight(tmp_path: Pa
     assert set(frame["domain"]) == {"mono"}
 
 
+def test_solar_cells_that_nobody_has_rated_have_no_label(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("a.png nan poly\nb.png 0.0 poly\n")
+    frame = read(tmp_path, Validate(adapter="elpv"))
+    assert cells(frame, "label", "confidence", "weight", "left_out") == [
+        (None, 1, 1, "no label"),
+        ("functional", 1, 1, None),
+    ]
+
+
 STEMS = ["tweets", "movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets"]
 
 
@@ -305,6 +325,14 @@ def test_rated_texts_are_two_classes_with_the_neutral_band_left_out(tmp_path: Pa
         ("tweets:8", "So so.", "positive", "tweets", "tweets:8", neutral),
         ("tweets:9", '"Hm\tm.', "negative", "tweets", "tweets:9", neutral),
     ]
+
+
+def test_some_of_the_rated_texts_will_do_and_unrated_ones_have_no_label(tmp_path: Path) -> None:
+    for folder, line in ((".batches/x", "1\t2.0\tGood."), ("here", "2\tnan\tHm.")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "tweets_GroundTruth.txt").write_text(f"{line}\n")
+    frame = read(tmp_path, Validate(adapter="vader"))
+    assert cells(frame, "id", "label", "left_out") == [("tweets:2", None, "no label")]
 
 
 @pytest.mark.parametrize("adapter", ["elpv", "vader"])

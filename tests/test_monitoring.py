@@ -107,7 +107,7 @@ def test_a_batch_that_has_drifted_is_reported_logged_and_told_to_prefect(
     assert logged["status"] == "FINISHED"
     assert logged["page"] == ["drift.html"]
     assert (logged["versions"], logged["runs"]) == (1, 1)
-    assert logged["aliases"]["champion"] == "1"
+    assert str(logged["aliases"]["champion"]) == "1"
 
 
 def store(project: Project) -> dict[str, str]:

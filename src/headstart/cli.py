@@ -127,6 +127,20 @@ def ingest(recipe: RecipePath) -> None:
 
 
 @app.command()
+def receive(recipe: RecipePath) -> None:
+    """Take new batches from the inbox into data/ and version them; a bad one is rejected with its reasons."""
+    _log_plainly()
+    chosen, layout = _opened(recipe)
+    from tasks.receive import take
+
+    received = take(chosen, layout, logging.getLogger("headstart").info, wait=True)
+    print(received)
+    for reasons in received.rejected.values():
+        print(f"error: {reasons}", file=sys.stderr)
+    raise typer.Exit(int(bool(received.rejected)))
+
+
+@app.command()
 def stage(
     name: Annotated[str, typer.Argument(help="validate, fetch, features, train or evaluate.")],
     recipe: RecipePath,

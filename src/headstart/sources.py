@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import url2pathname
@@ -29,7 +29,7 @@ from headstart.errors import HeadstartError
 from headstart.layout import UNWRITABLE, sha256_of
 from headstart.progress import bar
 
-__all__ = ["digest_of", "fetch", "redacted", "split_fragment"]
+__all__ = ["digest_of", "fetch", "from_store", "local", "redacted", "split_fragment", "trouble_named"]
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def _getter(uri: str) -> Getter | None:
     stores = [name for name in fsspec.available_protocols() if name not in {"file", "local"}]
     if scheme in stores:
         if rest.startswith("//"):
-            return _from_fsspec
+            return from_store
         guess = f"{scheme}://{rest.lstrip('/')}"
     elif near := difflib.get_close_matches(scheme, [*KINDS, *stores], n=1):
         guess = f"{near[0]}:{rest}"
@@ -215,15 +215,24 @@ def _pinned_hf(rest: str) -> str:
     return ""
 
 
-def _local(uri: str, sha256: str | None) -> Path:
-    """A ``file:`` as it lies there; verified if the recipe gives a digest, and never removed."""
+def local(uri: str) -> Path:
+    """The path that a ``file:`` names.
+
+    Raises:
+        HeadstartError: it names a host.
+    """
     rest = uri.removeprefix("file:")
     if rest.startswith("//"):
         host, slash, tail = rest[2:].partition("/")
         if host not in {"", "localhost"}:
             raise HeadstartError("a file: source names no host", uri, f"did you mean file:{rest[2:]}?")
         rest = url2pathname(slash + tail)
-    path = Path(rest).expanduser()
+    return Path(rest).expanduser()
+
+
+def _local(uri: str, sha256: str | None) -> Path:
+    """A ``file:`` as it lies there; verified if the recipe gives a digest, and never removed."""
+    path = local(uri)
     if not path.exists():
         names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, names, n=1)
@@ -257,13 +266,13 @@ def _from_torchvision(uri: str, part: Path, sha256: str | None) -> tuple[str, st
     return safe_name(url), digits[1] if digits else ""
 
 
-def _from_fsspec(uri: str, part: Path, sha256: str | None) -> tuple[str, str]:
-    """Any other store, through its fsspec driver: one file, or a folder with all below it."""
+def from_store(uri: str, part: Path, sha256: str | None = None) -> tuple[str, str]:
+    """Put a file or a folder of any other store at ``part``, through the store's fsspec driver."""
     import fsspec
     from fsspec.callbacks import TqdmCallback
 
     remove(part)
-    try:
+    with trouble_named(uri):
         store, root = fsspec.url_to_fs(uri)
         root = root.rstrip("/")
         name, folder = safe_name(root), store.isdir(root)
@@ -278,6 +287,17 @@ def _from_fsspec(uri: str, part: Path, sha256: str | None) -> tuple[str, str]:
                 raise FileNotFoundError(root)
             store.get(files, [str(target) for target in targets], callback=tell)
             return name, ""
+
+
+@contextlib.contextmanager
+def trouble_named(uri: str) -> Iterator[None]:
+    """Whatever a store's driver raises becomes one error that names the address.
+
+    Raises:
+        HeadstartError: nothing is there, the driver is missing, or (transient) the store does not answer.
+    """
+    try:
+        yield
     except ImportError as error:
         what = "the driver for this kind of source is not installed"
         raise HeadstartError(what, redacted(uri), str(error)) from None

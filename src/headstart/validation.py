@@ -27,6 +27,7 @@ from headstart.recipe import Recipe, Validate
 COLUMNS = ["id", "label", "confidence", "weight", "domain", "group", "split", "digest", "batch"]
 OPTIONAL = ["id", "domain", "group", "split", "left_out", "original", "place"]
 REPEATS = "repeats a row of a more protected split"
+ALIEN = "of a domain that is neither source nor target"
 TIES = "repeats earlier rows of another split"
 SHOWN_PER_RULE = 20
 DECODERS = 2  # Pillow decodes without holding the interpreter's lock
@@ -45,7 +46,7 @@ def validate(recipe: Recipe, layout: Layout) -> None:
     """
     options = recipe.validate_
     frame = completed(batches.everything(layout, options))
-    frame = _labelled_late(frame, batches.late_labels(layout))
+    frame = labelled_late(frame, batches.late_labels(layout))
     frame, truth = _put_aside(frame, options)
     usable = frame["left_out"].isna().to_numpy()
     kept = frame[usable].reset_index(drop=True)
@@ -61,7 +62,7 @@ def validate(recipe: Recipe, layout: Layout) -> None:
     contents = kept[content].fillna("").tolist()
     extra: dict[str, object] = {}
     if content == "path":
-        pictures = _pictures(layout.raw, contents, options.min_image_side)
+        pictures = look_at(layout.raw, contents, options.min_image_side)
         broken = pd.concat([broken, pictures.broken])
         extra = {"modes": pictures.modes, "first_frame_only": pictures.animated}
         kept["digest"] = keys = pictures.digests
@@ -130,6 +131,10 @@ def completed(frame: pd.DataFrame) -> pd.DataFrame:
         values = frame[column].tolist() if column in frame else [None] * len(frame)
         strings = [None if pd.isna(value) else str(value) for value in values]
         filled[column] = pd.Series(strings, dtype="str", index=frame.index)
+    unlabelled = filled["label"].isna() & filled["left_out"].isna() & (filled["batch"] != "")
+    filled.loc[unlabelled, "left_out"] = (
+        adapters.NO_LABEL
+    )  # of the source this is a fault, of a batch it is not
     filled["domain"] = filled["domain"].replace("", None).fillna("all")
     filled["id"] = filled["id"].replace("", None)
     filled["place"] = filled["id"].fillna(filled["place"])
@@ -157,8 +162,10 @@ def named(frame: pd.DataFrame, ids: pd.Series) -> list[list[int]]:
     return [whole.get(name) or within.get(name) or [] for name in ids]
 
 
-def _labelled_late(frame: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
+def labelled_late(frame: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
     """The rows with labels that came in batches of their own; a row that is gone needs none."""
+    if labels.empty:
+        return frame
     known, left_out = frame["label"].tolist(), frame["left_out"].tolist()
     for rows, label in zip(named(frame, labels["id"]), labels["label"], strict=True):
         if len(rows) == 1 and pd.isna(known[rows[0]]):
@@ -207,7 +214,7 @@ def _put_aside(frame: pd.DataFrame, options: Validate) -> tuple[pd.DataFrame, pd
         )
     frame = frame.copy()
     alien = ~frame["domain"].isin([target, *sources]) & frame["left_out"].isna()
-    frame.loc[alien, "left_out"] = "of a domain that is neither source nor target"
+    frame.loc[alien, "left_out"] = ALIEN
     hidden = (frame["domain"] == target) & (
         frame["left_out"].isna() | (frame["left_out"] == adapters.NO_LABEL)
     )
@@ -249,7 +256,8 @@ class Pictures:
     animated: int  # pictures of several frames, of which the first counts
 
 
-def _pictures(raw: Path, paths: list[str], min_side: int) -> Pictures:
+def look_at(raw: Path, paths: list[str], min_side: int) -> Pictures:
+    """Open every picture, once."""
     side = duplicates.THUMBNAIL
     thumbnails = np.zeros((len(paths), side, side), np.uint8)
     digests: list[str] = []
@@ -448,6 +456,16 @@ def _refuse(failures: pd.DataFrame, layout: Layout) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     failures.to_parquet(path.with_suffix(".partial"), index=False)
     path.with_suffix(".partial").replace(path)
+    raise HeadstartError(
+        "the data are not fit to train on",
+        where=f"data/{layout.recipe}; every failure: {path}",
+        table=shown(failures),
+        do="mend the data at their source and run again; nothing was written",
+    )
+
+
+def shown(failures: pd.DataFrame) -> list[str]:
+    """Lines of a table: each rule, and at most 20 cases of it."""
     table = []
     for rule, cases in failures.groupby("rule", sort=True):
         table.append(f"{rule}: {len(cases)} failure{'s' if len(cases) > 1 else ''}; {cases['do'].iloc[0]}")
@@ -456,9 +474,4 @@ def _refuse(failures: pd.DataFrame, layout: Layout) -> None:
             table.append("  " + ": ".join(f"{' '.join(part.split()):.60}" for part in case if part))
         if len(cases) > SHOWN_PER_RULE:
             table.append(f"  ... and {len(cases) - SHOWN_PER_RULE} more")
-    raise HeadstartError(
-        "the data are not fit to train on",
-        where=f"data/{layout.recipe}; every failure: {path}",
-        table=table,
-        do="mend the data at their source and run again; nothing was written",
-    )
+    return table

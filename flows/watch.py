@@ -1,0 +1,44 @@
+"""Watch an inbox: whoever waits for ``headstart.data.changed`` hears of each new batch once.
+
+Goes in: a recipe's name. Comes out: a line that says what lies in its inbox, and an event if there is
+something new and complete. Takes nothing: that is receiving's.
+"""
+
+from __future__ import annotations
+
+from prefect import flow, get_run_logger
+
+from flows.logs import in_words
+from headstart import environment, inbox
+from headstart.layout import Layout
+from headstart.recipe import load
+from tasks.events import emit
+
+in_words()
+
+
+@flow(name="watch", flow_run_name="watch {recipe}", persist_result=False, retries=0)
+def watch(recipe: str) -> str:
+    """Look at one recipe's inbox once.
+
+    Args:
+        recipe: the stem of a file in ``recipes/``.
+
+    Raises:
+        HeadstartError: the inbox is in a store that cannot be reached.
+    """
+    root = environment.project_root()
+    environment.prepare(root)
+    chosen, layout = load(root / "recipes" / f"{recipe}.yaml"), Layout(root, recipe)
+    arrivals = inbox.look(chosen, layout)
+    ready = [arrival.name for arrival in arrivals if not arrival.waits]
+    news = [arrival.name for arrival in arrivals if not arrival.waits and not arrival.told]
+    parts = [f"{len(ready)} to take in ({', '.join(ready)})"] if ready else []
+    parts += [f"{arrival.name} waits: {arrival.waits}" for arrival in arrivals if arrival.waits]
+    said = f"{recipe}: {'; '.join(parts) or 'nothing in the inbox'}"
+    if news:
+        reason = f"new in the inbox: {', '.join(news)}"
+        emit("headstart.data.changed", recipe, batches=news, reason=reason)
+        inbox.tell(layout, news)
+    get_run_logger().info(said)
+    return said

@@ -1,0 +1,438 @@
+"""The inbox: new batches, taken out whole once they are complete, and looked at before they touch the data.
+
+Goes in: what arrives in a folder or under a prefix of a store. Comes out: batches beside the source's files
+in ``data/<recipe>/.batches/``, or in ``quarantine/<recipe>/`` with ``reasons.csv``. Whatever stands in
+quarantine without reasons is still to be looked at, so a kill at any moment loses nothing and takes nothing
+by halves. Never changes what was there before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock
+
+from headstart import adapters, archives, batches, schemas, sources, validation
+from headstart.errors import HeadstartError
+from headstart.layout import HIDDEN, Layout, unwritable_named
+from headstart.recipe import Recipe, Validate
+
+# What programs call a file that they have not finished.
+UNFINISHED = (".part", ".partial", ".tmp", ".crdownload", ".filepart")
+REASONS = "reasons.csv"
+GONE = ".gone"  # of a batch that is in quarantine, and whose files in the inbox are being deleted
+GRACE = 5.0  # seconds that a command waits longer than a batch needs to settle
+REMIND = 3600.0  # seconds after which a batch that nobody took is news again
+# What a store knows of a file that changes with it.
+FACTS = ("size", "mtime", "ETag", "etag", "LastModified", "last_modified", "updated", "created")
+UNUSABLE = "usable_rows"
+REMEDY = {
+    "known_id": "take the id from the manifest, or the path within its batch",
+    "known_label": "correct the label; to allow a new class, name all in the recipe: `validate: classes:`",
+    "label_differs": "a label that is there stays: correct it where it came from",
+    "one_row": "write the whole id",
+    "readable": "mend the batch",
+    "row_left_out": "the row is not used, with or without a label",
+    "unique_id": "give each row an id of its own; another row has this one",
+    UNUSABLE: "check the batch and the adapter",
+    "value_missing": "fill it in, or delete the line",
+}
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A top-level entry of the inbox."""
+
+    name: str
+    waits: str  # why it is not taken yet; empty once it is settled
+    settling: bool  # whether time alone will do
+    told: bool  # whether somebody was told of it lately
+
+
+def look(recipe: Recipe, layout: Layout) -> list[Arrival]:
+    """Everything in the inbox, oldest first; from the first look on it is known since when nothing changed.
+
+    Times of files count for nothing: a copy may bear the old file's.
+
+    Raises:
+        HeadstartError: the inbox names a store that cannot be reached (transient).
+    """
+    inbox, now, arrivals = Inbox.of(recipe, layout), time.time(), []
+    with _remembered(layout) as known:
+        names = inbox.names()
+        found = inbox.entries(names)
+        lower = {name.lower() for name in names}
+        for gone in known.keys() - found.keys():
+            del known[gone]
+        for name, (fingerprint, unfinished) in found.items():
+            entry = known.setdefault(name, {})
+            if entry.get("fingerprint") != fingerprint or entry["since"] > now:
+                entry.clear()
+                entry |= {"fingerprint": fingerprint, "since": now}
+            unfinished += [mark for mark in UNFINISHED if f"{name}{mark}".lower() in lower]
+            still = entry["since"] + recipe.ingest.settle - now
+            waits = f"{unfinished[0]} is not finished" if unfinished else ""
+            if not waits and still > 0:
+                waits = f"nothing may change for another {still:.0f} s"
+            told = now - entry.get("told", 0) < REMIND
+            arrivals.append(Arrival(name, waits, not unfinished and still > 0, told))
+        return sorted(arrivals, key=lambda arrival: (known[arrival.name]["since"], arrival.name))
+
+
+def waiting(recipe: Recipe, layout: Layout) -> list[str]:
+    """Names of the settled batches in the inbox, oldest first."""
+    return [arrival.name for arrival in look(recipe, layout) if not arrival.waits]
+
+
+def tell(layout: Layout, names: list[str]) -> None:
+    """Remember that somebody was told of these batches."""
+    with _remembered(layout) as known:
+        for name in known.keys() & set(names):
+            known[name]["told"] = time.time()
+
+
+def settle(recipe: Recipe, layout: Layout) -> None:
+    """Wait until every batch that time alone will settle is settled; not longer than that takes at most."""
+    deadline = time.monotonic() + recipe.ingest.settle + GRACE
+    while any(arrival.settling for arrival in look(recipe, layout)) and time.monotonic() < deadline:
+        time.sleep(min(1.0, recipe.ingest.settle / 4))
+
+
+def bring(recipe: Recipe, layout: Layout) -> None:
+    """Move every settled batch into quarantine: unpacked, under a name of its own, whole or not at all.
+
+    Raises:
+        HeadstartError: the store cannot be reached, or the disk is full or not writable.
+    """
+    inbox = Inbox.of(recipe, layout)
+    inbox.sweep()
+    for partial in layout.quarantine.glob(".*.partial"):
+        shutil.rmtree(partial)
+    for name in waiting(recipe, layout):
+        with _remembered(layout) as known:
+            fingerprint = known[name]["fingerprint"]
+            named = {str(entry.get("as")).lower() for entry in known.values()}
+            target = known[name].setdefault("as", _unique(name, layout, named))
+        here = (layout.quarantine / target).exists() or (layout.batches / target).exists()
+        if here or _copied(inbox, name, fingerprint, layout.quarantine / target, layout):
+            inbox.remove(name, fingerprint)
+
+
+def pending(layout: Layout) -> list[str]:
+    """Batches in quarantine that nobody has looked at, in the order they came."""
+    found = []
+    for folder in layout.quarantine.iterdir() if layout.quarantine.is_dir() else ():
+        if folder.is_dir() and not folder.name.startswith(".") and not (folder / REASONS).exists():
+            if (layout.batches / folder.name).exists():  # it was copied there, from one disk to another
+                shutil.rmtree(folder)
+            else:
+                found.append((_about(folder).get("number", 0), folder.name))
+    return [name for _, name in sorted(found)]
+
+
+def accept(layout: Layout, name: str) -> None:
+    """Put a batch beside the source's files."""
+    source, target = layout.quarantine / name, layout.batches / name
+    with unwritable_named(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            source.rename(target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            partial = target.with_name(f".{name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source, partial)
+            partial.rename(target)
+            shutil.rmtree(source)
+
+
+def reject(layout: Layout, name: str, reasons: pd.DataFrame) -> None:
+    """Leave a batch in quarantine, with all the reasons."""
+    path = layout.quarantine / name / REASONS
+    with unwritable_named(path):
+        reasons.to_csv(path.with_name(f".{REASONS}.partial"), index=False)
+        path.with_name(f".{REASONS}.partial").replace(path)
+
+
+def check(recipe: Recipe, layout: Layout, name: str) -> pd.DataFrame:
+    """What is wrong with a batch in quarantine, by the rules that ``validate`` has for rows.
+
+    Returns:
+        Columns ``rule``, ``id`` (or the place of a row without one), ``value``, ``do``; empty if it is fit.
+
+    Raises:
+        HeadstartError: the source or the batches before cannot be read.
+    """
+    folder, options = layout.quarantine / name, recipe.validate_
+    if fault := _about(folder).get("fault"):
+        return _table([tuple(fault)])
+    before = batches.everything(layout, options)
+    late = batches.late_labels(layout)
+    known = validation.labelled_late(validation.completed(before), late)
+    try:
+        if (table := batches.label_table(folder)) is not None:
+            return _check_labels(adapters.columns(table, batches.LABEL_COLUMNS), known, options)
+        came = batches.rows_of(folder, name, options)
+        rows = validation.completed(pd.concat([before, came], ignore_index=True))
+    except HeadstartError as error:
+        lines = [error.what, *error.table]
+        return _table([("readable", "", " ".join(lines), error.do)])
+    except Exception as error:  # an adapter may raise what it likes over files that it was not made for
+        return _table([("readable", "", f"{type(error).__name__}: {error}", REMEDY["readable"])])
+    return _check_rows(rows[rows["batch"] == name], known, folder, options)
+
+
+def _check_rows(rows: pd.DataFrame, known: pd.DataFrame, folder: Path, options: Validate) -> pd.DataFrame:
+    """``rows`` are the batch's, ``known`` all others."""
+    reason = rows["left_out"].mask(rows["left_out"] == adapters.NO_LABEL)
+    if options.target_domain and options.source_domains:
+        alien = ~rows["domain"].isin([options.target_domain, *options.source_domains])
+        reason = reason.mask(alien & reason.isna(), validation.ALIEN)
+    rows = rows[reason.isna()].reset_index(drop=True)
+    if rows.empty:
+        counts = reason.value_counts()
+        why = [(UNUSABLE, "", f"{n} rows: {words}", REMEDY[UNUSABLE]) for words, n in counts.items()]
+        return _table(why)
+    classes = _classes(known, options)
+    # A missing label is no fault.
+    asked = rows.assign(label=rows["label"].fillna(classes[0] if classes else HIDDEN))
+    strict = options.model_copy(update={"classes": classes or None})
+    found = schemas.failures(asked, strict)
+    found = found[~found["rule"].isin({"two_classes", "unique_id"})]
+    taken = set(known.loc[known["left_out"].isna() | (known["left_out"] == adapters.NO_LABEL), "id"])
+    again = rows["id"].isin(taken) | rows["id"].duplicated()
+    faults = [("unique_id", place, row) for place, row in zip(rows["place"], rows["id"], strict=True)]
+    torn = rows.groupby("group")["split"].nunique()
+    faults = [fault for fault, bad in zip(faults, again, strict=True) if bad]
+    faults += [("group_in_one_split", str(group), "") for group in torn.index[torn > 1]]
+    tables = [found, _table([(*fault, "") for fault in faults])]
+    if "path" in rows:
+        inside = rows["path"].str.replace(r"^\.batches/[^/]+/", "", regex=True).fillna("").tolist()
+        tables.append(validation.look_at(folder, inside, options.min_image_side).broken)
+    found = pd.concat(tables, ignore_index=True)
+    found["id"] = found["id"].str.replace(rf"^(\.batches/{folder.name}/|{folder.name}: )", "", regex=True)
+    remedy = found["rule"].map(schemas.REMEDY | REMEDY)
+    return found.assign(do=remedy.fillna(found["do"])).astype("str")
+
+
+def _check_labels(labels: pd.DataFrame, known: pd.DataFrame, options: Validate) -> pd.DataFrame:
+    classes, faults = _classes(known, options), []
+    if labels.empty:
+        faults.append((UNUSABLE, "", "no labels"))
+    again = labels["id"].duplicated(keep="first")
+    for i, (rows, name, label) in enumerate(
+        zip(validation.named(known, labels["id"]), labels["id"], labels["label"], strict=True)
+    ):
+        place = f"row {i + 1}" if pd.isna(name) else str(name)
+        if pd.isna(name) or pd.isna(label):
+            faults.append(("value_missing", place, "no id" if pd.isna(name) else "no label"))
+        elif again.iloc[i]:
+            faults.append(("unique_id", place, "twice in this table"))
+        elif len(rows) != 1:
+            faults.append(("one_row", place, f"{len(rows)} rows") if rows else ("known_id", place, "no row"))
+        else:
+            present, left_out = known["label"].iloc[rows[0]], known["left_out"].iloc[rows[0]]
+            if classes and label not in classes:
+                faults.append(("known_label", place, label))
+            elif pd.notna(present) and present != label:
+                faults.append(("label_differs", place, f"{label}, but it has the label {present}"))
+            elif pd.notna(left_out) and left_out != adapters.NO_LABEL:
+                faults.append(("row_left_out", place, left_out))
+    return _table([(*fault, REMEDY[fault[0]]) for fault in faults])
+
+
+def _classes(known: pd.DataFrame, options: Validate) -> list[str]:
+    """The labels allowed: those of the recipe, or those that are learned from so far."""
+    learned = known["left_out"].isna() & (known["domain"] != options.target_domain)
+    return options.classes or sorted(set(known.loc[learned, "label"].dropna()))
+
+
+def _table(lines: Sequence[tuple[str, ...]]) -> pd.DataFrame:
+    return pd.DataFrame(lines, columns=schemas.COLUMNS, dtype="str")
+
+
+# Quarantine
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    about = folder / batches.ABOUT
+    told: dict[str, Any] = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
+    return told
+
+
+def _unique(name: str, layout: Layout, named: set[str]) -> str:
+    """A safe name that no other batch has: the entry's own, without what says how it was packed."""
+    packed = sorted((*archives.TARS, *archives.ZIPS, *adapters.TABLE_SUFFIXES), key=len, reverse=True)
+    ending = next((ending for ending in packed if name.lower().endswith(ending)), "")
+    stem = name[: len(name) - len(ending)]
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")[:80] or "batch"
+    there = [path for folder in (layout.quarantine, layout.batches) for path in folder.glob("*")]
+    taken, number = named | {path.name.lower() for path in there}, 1
+    while (wanted := safe if number == 1 else f"{safe}-{number}").lower() in taken:
+        number += 1
+    return wanted
+
+
+def _copied(inbox: Inbox, name: str, fingerprint: str, target: Path, layout: Layout) -> bool:
+    """Copy a batch into quarantine; False if it changed meanwhile, and stays where it is."""
+    partial = target.with_name(f".{target.name}.partial")
+    content = partial / "content"
+    with unwritable_named(target):
+        content.mkdir(parents=True)
+        came, fault = inbox.fetch(name, partial / "came"), None
+        try:
+            archives.place(came, None, content)
+        except HeadstartError as error:  # it is kept as it came
+            shutil.rmtree(content)
+            content.mkdir()
+            if came.is_dir():
+                shutil.copytree(came, content / came.name, symlinks=True)
+            else:
+                shutil.copy2(came, content / came.name)
+            fault = ["readable", came.name, " ".join([error.what, *error.table]), error.do]
+        if (content / batches.ABOUT).exists():  # it was in quarantine before, and is brought again
+            (content / REASONS).unlink(missing_ok=True)
+        folders = [folder for parent in (layout.quarantine, layout.batches) for folder in parent.glob("*")]
+        number = 1 + max((_about(folder).get("number", 0) for folder in folders), default=0)
+        about = {"number": number, "kind": "rows", "entry": name} | ({"fault": fault} if fault else {})
+        with contextlib.suppress(HeadstartError):
+            about["kind"] = "rows" if batches.label_table(content) is None else "labels"
+        (content / batches.ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
+        same = inbox.fingerprint(name) == fingerprint
+        if same:
+            content.rename(target)
+        shutil.rmtree(partial)
+    return same
+
+
+# The inbox itself
+
+
+@dataclass(frozen=True)
+class Inbox:
+    """A folder, or a prefix of a store, through its fsspec driver."""
+
+    uri: str  # as the recipe gives it
+    store: Any
+    root: str
+    apart: frozenset[str]  # entries that are no batches: they hold the source
+
+    @classmethod
+    def of(cls, recipe: Recipe, layout: Layout) -> Inbox:
+        """The inbox of a recipe."""
+        import fsspec
+
+        given = recipe.ingest.inbox or str(layout.inbox)
+        if "://" in given and not given.startswith("file:"):
+            with sources.trouble_named(given):
+                store, root = fsspec.url_to_fs(given)
+                return cls(given, store, root.rstrip("/"), frozenset())
+        here = (layout.root / sources.local(given)).resolve()
+        apart = set()
+        uri, _ = sources.split_fragment(recipe.ingest.source)
+        if uri.startswith("file:"):
+            source = (layout.root / sources.local(uri)).resolve()
+            if source.is_relative_to(here) and source != here:
+                apart.add(source.relative_to(here).parts[0])
+            elif here.is_relative_to(source):  # the source itself is no batch, whatever it is called
+                apart |= {path.name for path in here.glob("*")}
+        return cls(given, fsspec.filesystem("file"), str(here), frozenset(apart))
+
+    @property
+    def local(self) -> bool:
+        """Whether it is a folder here."""
+        return "file" in self.store.protocol
+
+    def names(self) -> list[str]:
+        """Visible entries, finished or not."""
+        self.store.invalidate_cache()
+        with sources.trouble_named(self.uri):
+            try:
+                listed = self.store.ls(self.root, detail=False)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        names = sorted({path.rstrip("/").rpartition("/")[2] for path in listed} - {""})
+        return [name for name in names if not name.startswith(".") and name not in self.apart]
+
+    def entries(self, names: list[str]) -> dict[str, tuple[str, list[str]]]:
+        """Fingerprint of each of these that may be a batch, and its files that are not finished."""
+        found = {}
+        for name in names:
+            files = {} if name.lower().endswith(UNFINISHED) else self._files(name)
+            if files:  # a folder may have been made just now
+                unfinished = [file for file in files if file.lower().endswith(UNFINISHED)]
+                found[name] = _digest(files), unfinished
+        return found
+
+    def fingerprint(self, name: str) -> str:
+        """Digest of names, sizes and times of an entry's files, as the store tells them now."""
+        self.store.invalidate_cache()
+        return _digest(self._files(name))
+
+    def fetch(self, name: str, folder: Path) -> Path:
+        """The entry as a path, to be read; from a store it is copied into ``folder``."""
+        if self.local:
+            return Path(self.root, name)
+        folder.mkdir()
+        sources.from_store(f"{self.uri.rstrip('/')}/{name}", folder / name)
+        return folder / name
+
+    def remove(self, name: str, fingerprint: str) -> None:
+        """Delete an entry, unless it has changed since."""
+        if self.fingerprint(name) != fingerprint:
+            return
+        with unwritable_named(Path(name)), sources.trouble_named(self.uri):
+            if self.local:
+                path = Path(self.root, name)
+                path.rename(path.with_name(f".{name}{GONE}"))  # at once, for whoever looks
+                self.sweep()
+            else:
+                self.store.rm(f"{self.root}/{name}", recursive=True)
+
+    def sweep(self) -> None:
+        """Delete what a kill has left of entries that are gone."""
+        for path in Path(self.root).glob(f".*{GONE}") if self.local else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _files(self, name: str) -> dict[str, list[str]]:
+        with sources.trouble_named(self.uri):
+            try:
+                found = self.store.find(f"{self.root}/{name}", detail=True)
+            except FileNotFoundError:  # it is going, or is being renamed
+                return {}
+        known = FACTS[:2] if self.local else FACTS  # a file's other times change with its name
+        return {
+            path.removeprefix(self.root): [str(facts.get(fact)) for fact in known]
+            for path, facts in found.items()
+        }
+
+
+def _digest(files: dict[str, list[str]]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _remembered(layout: Layout) -> Iterator[dict[str, dict[str, Any]]]:
+    """What was seen of each entry before, to be changed: its fingerprint, since when, and more."""
+    path = layout.work / "inbox.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        known: dict[str, dict[str, Any]] = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            known = json.loads(path.read_text(encoding="utf-8"))
+        yield known
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)

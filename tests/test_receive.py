@@ -1,0 +1,161 @@
+"""Receiving through DVC: what is good is versioned and pushed, what is bad leaves the version as it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests import examples
+from tests.conftest import Project, clone
+from tests.test_inbox import digest, files
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory: pytest.TempPathFactory, session_environment: dict[str, str]) -> Project:
+    """A text project whose source is validated, with a remote."""
+    project = clone(tmp_path_factory.mktemp("receive") / "project", session_environment)
+    examples.write_text_project(project.root)
+    recipe = project.root / "recipes/moods.yaml"
+    recipe.write_text(recipe.read_text().replace('moods.csv"}', 'moods.csv", "settle": 0.5}', 1))
+    project.ok("headstart", "ingest", "recipes/moods.yaml")
+    project.ok("dvc", "repro", "validate@moods")
+    return project
+
+
+@pytest.fixture
+def project(validated: Project, tmp_path: Path) -> Project:
+    copy = validated.copy(tmp_path / "project")
+    copy.ok("dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
+    return copy
+
+
+def manifest(project: Project) -> pd.DataFrame:
+    return pd.read_parquet(project.root / "manifest/moods/manifest.parquet")
+
+
+def versioned(project: Project) -> str:
+    return (project.root / "data.dvc").read_text() + digest(project.root / "data")
+
+
+def test_a_good_batch_is_versioned_pushed_and_moves_no_row_and_outlives_a_changed_source(
+    project: Project, tmp_path: Path
+) -> None:
+    before = manifest(project).set_index("id")["split"]
+    examples.write_texts(project.root / "inbox/moods/monday.csv", 60, start=240)
+    printed = project.ok("headstart", "receive", "recipes/moods.yaml")
+    assert printed.splitlines()[-1] == "moods: batches: 1 accepted (monday), pushed"
+    assert project.ok("dvc", "status", "data.dvc", "--json").strip() == "{}"
+    assert files(project.root / "inbox/moods") == []
+    elsewhere = tmp_path / "elsewhere"  # a clone without the source
+    shutil.copytree(project.root / ".dvc", elsewhere / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
+    shutil.copytree(project.root / ".git", elsewhere / ".git")
+    shutil.copy(project.root / "data.dvc", elsewhere / "data.dvc")
+    Project(elsewhere, project.environment).ok("dvc", "pull", "data.dvc")
+    assert digest(elsewhere / "data") == digest(project.root / "data")
+    project.ok("dvc", "repro", "validate@moods")
+    rows = manifest(project).set_index("id")
+    assert len(rows) == 300
+    assert rows.loc[before.index, "split"].equals(before)
+
+    examples.write_texts(project.root / "inbox/moods.csv", 280)  # of which 40 are those of the batch
+    project.ok("headstart", "ingest", "recipes/moods.yaml")
+    project.ok("dvc", "repro", "validate@moods")
+    assert project.ok("dvc", "status", "--cloud", "data.dvc", "--json").strip() == "{}"
+    after = manifest(project).set_index("id")
+    assert after["batch"].value_counts().to_dict() == {"": 280, "monday": 60}
+    assert after.loc[before.index, "split"].equals(before)
+
+
+def test_a_bad_batch_leaves_the_versioned_data_as_they_are_to_the_byte(project: Project) -> None:
+    before = versioned(project)
+    bad = project.root / "inbox/moods/monday.csv"
+    bad.parent.mkdir()
+    bad.write_text("body,mood,shop\n" + "fine,angry,a\n" * 30)
+    done = project("headstart", "receive", "recipes/moods.yaml")
+    assert done.returncode == 1
+    assert "the batch monday is rejected: 30 failures" in done.stderr
+    assert "... and 10 more" in done.stderr
+    assert "quarantine/moods/monday/reasons.csv" in done.stderr
+    assert versioned(project) == before
+    assert len(pd.read_csv(project.root / "quarantine/moods/monday/reasons.csv")) == 30
+
+
+ASKED = """
+import json
+from prefect import flow
+from headstart.layout import Layout
+from headstart.recipe import load
+from flows.watch import watch
+from tasks.receive import receive
+from pathlib import Path
+
+@flow
+def both():
+    received = receive(load("recipes/moods.yaml"), Layout(Path.cwd(), "moods"), wait=True)
+    return received.accepted, list(received.rejected)
+
+said = [watch("moods") for _ in range(2)]
+print(json.dumps(said + [both(), watch("moods")]))
+"""
+
+
+def test_watching_tells_of_a_batch_once_and_a_rejected_one_stops_no_flow(project: Project) -> None:
+    recipe = project.root / "recipes/moods.yaml"
+    recipe.write_text(recipe.read_text().replace("0.5", "0"))
+    examples.write_texts(project.root / "inbox/moods/good.csv", 60, start=240)
+    (project.root / "inbox/moods/bad.csv").write_text("body,mood,shop\nfine,angry,a\n")
+    (project.root / "inbox/moods/late.csv.part").write_text("body,mood,shop\n")
+    told = project.root / "told.jsonl"
+    # Whatever is sent to Prefect's server is written down on its way.
+    tap = (
+        "import prefect.events, json\n"
+        "sent = prefect.events.emit_event\n"
+        "def emit_event(**event):\n"
+        "    if event['event'].startswith('headstart.'):\n"
+        f"        print(json.dumps(event), file=open({str(told)!r}, 'a'))\n"
+        "    return sent(**event)\n"
+        "prefect.events.emit_event = emit_event\n"
+    )
+    printed = project.ok("python", "-c", tap + ASKED)
+    first, second, received, last = json.loads(printed.strip().splitlines()[-1])
+    assert first == second == "moods: 2 to take in (bad.csv, good.csv)"
+    assert received == [["good"], ["bad"]]
+    assert last == "moods: nothing in the inbox"
+    events = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [event["event"] for event in events] == ["headstart.data.changed", "headstart.data.rejected"]
+    assert events[0]["payload"]["batches"] == ["bad.csv", "good.csv"]
+    assert events[1]["payload"]["batch"] == "bad"
+    assert all(event["resource"]["prefect.resource.id"] == "headstart.recipe.moods" for event in events)
+
+
+def test_a_model_made_before_its_target_came_is_adapted_once_rows_arrive(project: Project) -> None:
+    everything = pd.read_csv(project.root / "inbox/moods.csv")
+    everything[everything["shop"] == "a"].to_csv(project.root / "inbox/start.csv", index=False)
+    text = (project.root / "recipes/moods.yaml").read_text().replace("inbox/moods.csv", "inbox/start.csv")
+    domains = '"adapter": "table", "target_domain": "b", "source_domains": ["a"], "min_rows_per_class": 2'
+    text = text.replace('"adapter": "table"', domains)
+    text = text.replace("train: {}", 'train: {"method": "domain_adaptation"}')
+    (project.root / "recipes/shops.yaml").write_text(text)
+    printed = project.ok("headstart", "run", "recipes/shops.yaml")
+    assert "registered as shops version 1" in printed
+    assert "version 1 promoted to champion" in printed  # judged on rows of the source
+    model = json.loads((project.root / "model/shops/model.json").read_text())
+    assert (model["adaptation"], model["reason"].partition(",")[0]) == (None, "no row of b has come yet")
+    card = (project.root / "reports/shops/model-card.md").read_text()
+    assert "not adapted to another domain: no row of b has come yet" in card
+
+    (project.root / "inbox/shops").mkdir()
+    target = everything[everything["shop"] == "b"]
+    target.assign(mood="").to_csv(project.root / "inbox/shops/b.csv", index=False)
+    project.ok("headstart", "receive", "recipes/shops.yaml")
+    printed = project.ok("headstart", "run", "recipes/shops.yaml")
+    assert "registered as shops version 2" in printed
+    assert "no label of b is known, so nothing can be shown" in printed
+    model = json.loads((project.root / "model/shops/model.json").read_text())
+    assert model["adaptation"]
