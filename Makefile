@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-fast test-stack lint format bench-features bench-finetune bench-few-labels bench-sentiment bench-adaptation bench-predict bench-serve bench-drift bench-gate demo-loop bench-overhead reference lock clean
+.PHONY: help setup demo test test-fast test-long lint format bench-features bench-finetune bench-few-labels bench-sentiment bench-adaptation bench-predict bench-serve bench-drift bench-gate demo-loop bench-overhead reference lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -27,15 +27,15 @@ demo: $(READY) ## run both example recipes, from raw data to registered models
 demo-loop: $(READY) ## another kind of cell, and of text, arrives without labels (after make demo)
 	python benchmarks/closed_loop.py
 
-test: $(READY) ## run all tests but those of test-stack: fast ones first, then slow ones
-	pytest -m "not slow and not stack" -n 2
-	pytest -m "slow and not stack" -n 2 --dist loadfile --durations 20
+test: $(READY) ## run all tests but those of test-long: fast ones first, then slow ones
+	pytest -m "not slow and not long" -n 2
+	pytest -m "slow and not long" -n 2 --dist loadfile --durations 20
 
 test-fast: $(READY) ## run the fast tests only
-	pytest -m "not slow and not stack" -n 2
+	pytest -m "not slow and not long" -n 2
 
-test-stack: $(READY) ## kill parts of a running stack and see the work done all the same
-	pytest -m stack
+test-long: $(READY) ## the tests that take too long for every change: killed stacks, production stores, every write
+	HEADSTART_EVERY=1 pytest -m long
 
 lint: $(READY) ## check style and types
 	ruff check .

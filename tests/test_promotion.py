@@ -196,7 +196,9 @@ WORK: dict[str, Callable[[MlflowClient], object]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", WORK)
+@pytest.mark.parametrize(
+    "what", ["promote", *(pytest.param(what, marks=pytest.mark.long) for what in ("refuse", "rollback"))]
+)
 def test_killed_at_any_write_the_same_command_ends_as_if_undisturbed(
     what: str, blank: Path, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from tests.servers import Loopback, offer, serving
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.long
 def test_hymenoptera_runs_from_a_zip_and_a_resnet_behind_a_mirror(project: Project, tmp_path: Path) -> None:
     import torch
     import torchvision

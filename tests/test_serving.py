@@ -483,7 +483,11 @@ def test_the_page_is_used_by_keyboard_alone(browser: Browser, images: Server, te
         assert page.evaluate("document.activeElement.dataset.name") == "happy"
     with opened(browser, images.url) as page:
         choosers: list[FileChooser] = []
-        page.on("filechooser", choosers.append)  # from now on: asked for at the key, it may come too late
+
+        def opens(chooser: FileChooser) -> None:
+            choosers.append(chooser)
+
+        page.on("filechooser", opens)  # from now on: asked for at the key, it may come too late
         page.wait_for_selector("#drop", state="visible")
         page.keyboard.press("Tab")
         page.wait_for_selector("#file:focus")

@@ -84,7 +84,7 @@ def completes(running: Stack) -> None:
     assert [limit["active_slots"] for limit in limits] == [0]
 
 
-@pytest.mark.stack
+@pytest.mark.long
 def test_the_worker_is_killed_in_train(own: Project, tmp_path: Path) -> None:
     stacks.write_project(own.root)
     with stacks.running(own, tmp_path) as running:
@@ -96,7 +96,7 @@ def test_the_worker_is_killed_in_train(own: Project, tmp_path: Path) -> None:
         assert [run["state_name"] for run in running.runs()] == ["Crashed", "Completed"]
 
 
-@pytest.mark.stack
+@pytest.mark.long
 @pytest.mark.parametrize("part", [("prefect", "server"), ("mlflow", "server")], ids=["prefect", "mlflow"])
 def test_a_server_is_killed_in_train(own: Project, tmp_path: Path, part: tuple[str, ...]) -> None:
     stacks.write_project(own.root)
@@ -108,7 +108,7 @@ def test_a_server_is_killed_in_train(own: Project, tmp_path: Path, part: tuple[s
         assert f"{part[0]} ended with -9; starts again" in running.log.read_text()
 
 
-@pytest.mark.stack
+@pytest.mark.long
 def test_the_process_of_a_run_is_killed_under_a_living_worker(own: Project, tmp_path: Path) -> None:
     stacks.write_project(own.root)
     with stacks.running(own, tmp_path) as running:
@@ -121,7 +121,7 @@ def test_the_process_of_a_run_is_killed_under_a_living_worker(own: Project, tmp_
         assert [run["state_name"] for run in running.runs()] == ["Crashed", "Completed"]
 
 
-@pytest.mark.stack
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_stack_is_stopped_in_train_and_the_next_one_finishes_the_work(
     own: Project, tmp_path: Path, number: int
@@ -140,7 +140,7 @@ def test_the_stack_is_stopped_in_train_and_the_next_one_finishes_the_work(
         assert [run["state_name"] for run in running.runs()] == ["Crashed", "Completed"]
 
 
-@pytest.mark.stack
+@pytest.mark.long
 def test_a_run_killed_without_a_stack_is_marked_by_the_next_one(own: Project, tmp_path: Path) -> None:
     stacks.write_project(own.root)
     process = subprocess.Popen(

@@ -28,7 +28,7 @@ from tests.processes import answers, running
 from tests.s3 import BUCKET, KEYS, s3
 from tests.servers import free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 PATIENCE = 180
 COMPOSE = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text(encoding="utf-8"))

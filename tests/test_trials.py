@@ -219,6 +219,7 @@ print(step)
 """
 
 
+@pytest.mark.long
 def test_killed_at_any_write_registering_and_promoting_again_end_as_if_undisturbed(project: Project) -> None:
     recipe = project.root / "recipes/moods.yaml"
     write(project.root / "inbox/moods.csv", noise=0.0)
