@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import psutil
@@ -35,8 +36,10 @@ def test_a_stage_ends_when_a_timeout_or_a_stop_ends_the_wait_for_it(
 
     def stop(line: str) -> None:
         if line == "at work":
-            below = psutil.Process(os.getpid()).children(recursive=True)
-            asleep.extend(each for each in below if "sleep 300" in " ".join(each.cmdline()))
+            deadline = time.monotonic() + 20
+            while not asleep and time.monotonic() < deadline:  # the line comes before what follows it
+                below = psutil.Process(os.getpid()).children(recursive=True)
+                asleep.extend(each for each in below if "sleep 300" in " ".join(each.cmdline()))
             raise TimeoutError
 
     with pytest.raises(TimeoutError):
