@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -38,8 +39,9 @@ def test_a_stage_ends_when_a_timeout_or_a_stop_ends_the_wait_for_it(
         if line == "at work":
             deadline = time.monotonic() + 20
             while not asleep and time.monotonic() < deadline:  # the line comes before what follows it
-                below = psutil.Process(os.getpid()).children(recursive=True)
-                asleep.extend(each for each in below if "sleep 300" in " ".join(each.cmdline()))
+                for each in psutil.Process(os.getpid()).children(recursive=True):
+                    with contextlib.suppress(psutil.Error):  # it ended meanwhile
+                        asleep.extend([each] if "sleep 300" in " ".join(each.cmdline()) else [])
             raise TimeoutError
 
     with pytest.raises(TimeoutError):
