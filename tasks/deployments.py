@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, cast
 from uuid import UUID
 
 from headstart.errors import HeadstartError
+from headstart.runs import POOL
 
 if TYPE_CHECKING:
     from prefect.blocks.abstract import NotificationBlock
     from prefect.client.orchestration import SyncPrefectClient
 
-POOL = "headstart"
 NOTIFICATION = "headstart-notify"  # of the block and of the automation
 TOLD = (
     "headstart.data.rejected",

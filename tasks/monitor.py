@@ -35,7 +35,7 @@ def monitor(recipe: Recipe, layout: Layout, inputs: Sequence[str] | None = None)
         log(found)
         return None
     page = drift_report.write(recipe, layout, found)
-    monitoring.log(recipe, found, page)
+    monitoring.log(recipe, layout, found, page)
     log(f"{found}\nsee {page}")
     create_table_artifact(
         key=f"monitor-{layout.recipe}",

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
 TRIES = 3  # a run that ends its process each time is not tried for ever
-POOL = "headstart"
 
 
 @contextmanager
@@ -104,7 +103,7 @@ def _unfinished(client: SyncPrefectClient) -> list[FlowRun]:
     types = {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}
     return client.read_flow_runs(
         flow_run_filter=FlowRunFilter.model_validate({"state": types}),
-        work_pool_filter=WorkPoolFilter.model_validate({"name": {"any_": [POOL]}}),
+        work_pool_filter=WorkPoolFilter.model_validate({"name": {"any_": [runs.POOL]}}),
     )
 
 

@@ -342,7 +342,7 @@ def monitor(
         print(found)
         return
     page = drift_report.write(chosen, layout, found)
-    monitoring.log(chosen, found, page)
+    monitoring.log(chosen, layout, found, page)
     print(f"{found}\nsee {page}")
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from headstart import adapters, batches, drift, promotion, scoring, sources, validation
+from headstart import adapters, batches, drift, promotion, scoring, stores, trials, validation
 from headstart.drift import Drift, Side
 from headstart.errors import HeadstartError
 from headstart.evaluation import positions
@@ -32,8 +32,6 @@ from headstart.recipe import Recipe
 if TYPE_CHECKING:
     from headstart.features import Item
     from headstart.models import Model, Version
-
-BATCHES = "headstart.batches"  # tag of a version: the batches that its data had, as a JSON list
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ def monitor(recipe: Recipe, layout: Layout, inputs: Sequence[str] | None = None)
     )
 
 
-def log(recipe: Recipe, found: Monitored, page: Path) -> None:
+def log(recipe: Recipe, layout: Layout, found: Monitored, page: Path) -> None:
     """Add the figures to the recipe's run in the MLflow experiment ``monitor/R``, at this time.
 
     One run for each recipe; a step is a second since 1970. The page beside it is the latest.
@@ -192,62 +190,39 @@ def log(recipe: Recipe, found: Monitored, page: Path) -> None:
     Raises:
         HeadstartError: the store cannot be reached.
     """
-    import mlflow
     from mlflow.entities import Metric
-    from mlflow.exceptions import MlflowException
 
     now = time.time()
     figures = {"alarm": float(found.drift.alarm), "recent.rows": float(found.drift.recent)}
     for test in found.drift.tests:
-        name = re.sub(r"[^\w\-. /]", "_", f"{test.family}.{test.name}")
-        figures |= {f"{name}.{re.sub('²', '2', test.measure)}": test.value, f"{name}.p": test.adjusted}
+        key = re.sub(r"[^\w\-. /]", "_", f"{test.family}.{test.name}")
+        figures |= {f"{key}.{re.sub('²', '2', test.measure)}": test.value, f"{key}.p": test.adjusted}
     for metric, measured in found.measured.items():
         figures |= {f"recent.{metric}.{key}": value for key, value in measured.items() if value is not None}
-    try:
-        client = promotion.opened()
-        experiment = client.get_experiment_by_name(f"monitor/{recipe.name}")
-        if experiment is None:
-            embedded = mlflow.get_tracking_uri().startswith("sqlite:")
-            place = Path("mlartifacts").resolve().as_uri() if embedded else None
-            made = client.create_experiment(f"monitor/{recipe.name}", artifact_location=place)
-            experiment = client.get_experiment(made)
-        runs = client.search_runs([experiment.experiment_id], max_results=1)
-        run = runs[0] if runs else client.create_run(experiment.experiment_id, run_name="monitor")
+    name = f"monitor/{recipe.name}"
+    with stores.asked("the MLflow store refused"):
+        client = stores.opened(layout, name)
+        experiment = client.get_experiment_by_name(name).experiment_id
+        runs = client.search_runs([experiment], max_results=1)
+        run = (runs[0] if runs else client.create_run(experiment, run_name="monitor")).info.run_id
         client.log_batch(
-            run.info.run_id,
-            metrics=[Metric(key, value, int(now * 1000), int(now)) for key, value in figures.items()],
+            run, metrics=[Metric(key, value, int(now * 1000), int(now)) for key, value in figures.items()]
         )
-        client.set_tag(run.info.run_id, "headstart.drift", found.drift.reason)
-        client.set_tag(run.info.run_id, "headstart.version", found.version)
-        client.log_artifact(run.info.run_id, str(page))
-        client.set_terminated(run.info.run_id)
-    except (MlflowException, OSError) as error:
-        raise HeadstartError(
-            "the MLflow store refused",
-            where=sources.redacted(mlflow.get_tracking_uri()),
-            table=sources.redacted(str(error)).splitlines()[:10],
-            do="check MLFLOW_TRACKING_URI and that its server is up",
-            transient=True,
-        ) from error
+        client.set_tag(run, "headstart.drift", found.drift.reason)
+        client.set_tag(run, "headstart.version", found.version)
+        client.log_artifact(run, str(page))
+        client.set_terminated(run)
 
 
 def _batches_of(tags: dict[str, str]) -> list[str]:
     """Batches that a version's data had; of a version older than batches, none."""
-    named: list[str] = json.loads(tags.get(BATCHES, "[]"))
+    named: list[str] = json.loads(tags.get(promotion.BATCHES, "[]"))
     return named
 
 
 def _known(recipe: Recipe, layout: Layout, seen: Sequence[str], most: int) -> tuple[Rows, list[str]]:
     """Held-out rows of the data that the champion had, and a digest of what is in each."""
-    try:
-        rows = pd.read_parquet(layout.manifest / "manifest.parquet")
-        aside = pd.read_parquet(layout.truth / "labels.parquet")
-    except FileNotFoundError as error:
-        raise HeadstartError(
-            "the rows that the champion knows are missing",
-            where=str(error.filename),
-            do=f"run `dvc repro validate@{layout.recipe}`",
-        ) from None
+    rows, aside = trials.manifest(layout, "the rows that the champion knows are missing")
     rows = rows[rows["split"].isin(["val", "test"])]
     if "batch" in rows:
         rows = rows[rows["batch"].isin(["", *seen])]
@@ -257,7 +232,7 @@ def _known(recipe: Recipe, layout: Layout, seen: Sequence[str], most: int) -> tu
     rows = rows.iloc[_sampled(rows["id"], most)]
     true = dict(zip(aside["id"], aside["label"], strict=True))
     labels = [label or true.get(row, HIDDEN) for row, label in zip(rows["id"], rows["label"], strict=True)]
-    known = Rows(rows["id"].tolist(), _items(recipe, layout, rows), labels, rows["group"].tolist())
+    known = Rows(rows["id"].tolist(), trials.items(recipe, layout, rows), labels, rows["group"].tolist())
     return known, rows["digest"].tolist()
 
 
@@ -276,7 +251,10 @@ def _arrived(recipe: Recipe, layout: Layout, names: Sequence[str], most: int) ->
     rows = frame.assign(label=labels)[usable]
     rows = rows.iloc[_sampled(rows["id"], most)]
     return Rows(
-        rows["id"].tolist(), _items(recipe, layout, rows), rows["label"].tolist(), rows["group"].tolist()
+        rows["id"].tolist(),
+        trials.items(recipe, layout, rows),
+        rows["label"].tolist(),
+        rows["group"].tolist(),
     )
 
 
@@ -304,12 +282,6 @@ def _given(recipe: Recipe, version: Version, inputs: Sequence[str], most: int) -
         raise HeadstartError("there is no row to look at", where=", ".join(inputs), do="name other inputs")
     kept.sort(key=lambda row: row[0])
     return Rows([row[0] for row in kept], [row[1] for row in kept], [row[2] for row in kept])
-
-
-def _items(recipe: Recipe, layout: Layout, rows: pd.DataFrame) -> list[Item]:
-    if recipe.modality == "text":
-        return list(rows["text"])
-    return [layout.raw / path for path in rows["path"]]
 
 
 def _sampled(names: pd.Series, most: int) -> list[int]:

@@ -35,6 +35,7 @@ CANDIDATE, CHALLENGER, CHAMPION, PREVIOUS = ALIASES = ("candidate", "challenger"
 PENDING = "headstart.pending"
 COUNT = "headstart.decisions"
 ENTRY = "headstart.decision."  # and the number of the decision, from 1 for each model
+BATCHES = "headstart.batches"  # the batches that a version's data had, as a JSON list
 VERDICT = "headstart.verdict"
 PATIENCE = 300  # seconds to wait for whoever else decides about the same model
 LONGEST = 3000  # characters of all reasons: PostgreSQL holds 5,000 in a model's tag

@@ -76,7 +76,7 @@ def register(recipe: Recipe, layout: Layout, reason: str = "") -> Registered:
         )
     digest, name = digest_of(layout), recipe.model_name
     with stores.asked("the MLflow store refused"):
-        client = _open_store(layout)
+        client = stores.opened(layout, layout.recipe)
         with promotion.locked(name):
             existing = _find(client, name, digest)
             _clear(client, layout, digest, existing.run_id if existing else None)
@@ -84,22 +84,6 @@ def register(recipe: Recipe, layout: Layout, reason: str = "") -> Registered:
             if promotion.aliases(client, name).get(CANDIDATE) != number:
                 client.set_registered_model_alias(name, CANDIDATE, number)
         return Registered(name, number, stores.address(), new=existing is None)
-
-
-def _open_store(layout: Layout) -> MlflowClient:
-    """A client on the configured store, its database made once, under a lock.
-
-    Of several processes that open a fresh SQLite database at once, all but one fail.
-    """
-    import mlflow
-    from filelock import FileLock
-
-    layout.work.mkdir(parents=True, exist_ok=True)
-    with FileLock(layout.root / ".headstart" / "mlflow.lock"):
-        client = mlflow.MlflowClient()
-        if client.get_experiment_by_name(layout.recipe) is None:
-            client.create_experiment(layout.recipe, artifact_location=stores.place(layout))
-    return client
 
 
 def digest_of(layout: Layout) -> str:
@@ -262,7 +246,7 @@ def lineage(layout: Layout, model: dict[str, Any]) -> dict[str, str]:
     tags = {f"headstart.{key}": value for key, value in stamped.items()}
     tags["headstart.git_commit"] = _git(layout.root, "rev-parse", "HEAD")
     tags["headstart.git_dirty"] = str(bool(_git(layout.root, "status", "--porcelain"))).lower()
-    tags["headstart.batches"] = json.dumps(batches.names(layout))
+    tags[promotion.BATCHES] = json.dumps(batches.names(layout))
     pointer = layout.root / "data.dvc"
     if pointer.exists():
         tags["headstart.dvc_data"] = yaml.safe_load(pointer.read_text(encoding="utf-8"))["outs"][0]["md5"]

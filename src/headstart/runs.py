@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+POOL = "headstart"  # the work pool that runs are started from
+
 
 @dataclass(frozen=True)
 class Run:

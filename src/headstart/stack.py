@@ -27,9 +27,9 @@ from filelock import FileLock, Timeout
 
 from headstart import environment, processes, runs
 from headstart.errors import HeadstartError
+from headstart.runs import POOL
 
 HOST = "127.0.0.1"
-POOL = "headstart"
 TICK = 0.5  # seconds between two looks at the parts
 LONGEST_PAUSE = 30.0  # seconds before a part that keeps dying is started again
 STEADY = 60.0  # a part that lived so long is started again at once

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
@@ -18,6 +19,9 @@ from headstart import sources
 from headstart.downloads import redacted, safe_name
 from headstart.errors import HeadstartError
 from headstart.layout import Layout, written_whole
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 # MLflow's own server reads it too, and hands it to its clients: only who has no server needs it.
 ARTIFACT_ROOT = "MLFLOW_DEFAULT_ARTIFACT_ROOT"
@@ -65,6 +69,21 @@ def place(layout: Layout) -> str | None:
         where=redacted(uri),
         do=f"set {ARTIFACT_ROOT}, such as s3://bucket/mlflow, or MLFLOW_TRACKING_URI to an MLflow server",
     )
+
+
+def opened(layout: Layout, experiment: str) -> MlflowClient:
+    """A client on the configured store, which has this experiment; its database is made once, under a lock.
+
+    Of several processes that open a fresh SQLite database at once, all but one fail.
+    """
+    import mlflow
+
+    layout.work.mkdir(parents=True, exist_ok=True)
+    with FileLock(layout.root / ".headstart" / "mlflow.lock"):
+        client = mlflow.MlflowClient()
+        if client.get_experiment_by_name(experiment) is None:
+            client.create_experiment(experiment, artifact_location=place(layout))
+    return client
 
 
 def files(name: str, version: str, uri: str) -> Path:

@@ -166,23 +166,35 @@ def _rows(recipe: Recipe, layout: Layout) -> tuple[pd.DataFrame, list[Item]]:
 
     They are of the target domain, if the recipe names one and any row of it has come.
     """
-    column = "text" if recipe.modality == "text" else "path"
-    try:
-        rows = pd.read_parquet(layout.manifest / "manifest.parquet")
-        aside = pd.read_parquet(layout.truth / "labels.parquet")
-    except FileNotFoundError as error:
-        raise HeadstartError(
-            "the test rows are missing",
-            where=str(error.filename),
-            do=f"run `dvc repro validate@{layout.recipe}`",
-        ) from None
+    rows, aside = manifest(layout, "the test rows are missing")
     adapting = (rows["domain"] == recipe.validate_.target_domain).any()
     rows = rows[rows["split"] == "test"]
     if adapting:
         rows = rows[rows["label"] == HIDDEN].drop(columns="label").merge(aside[["id", "label"]], on="id")
     rows = rows[rows["label"] != HIDDEN].reset_index(drop=True)
-    content = rows[column].tolist()
-    return rows, content if column == "text" else [layout.raw / name for name in content]
+    return rows, items(recipe, layout, rows)
+
+
+def manifest(layout: Layout, missing: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every row of the manifest, and the labels that were put aside: ``id``, ``label``.
+
+    Raises:
+        HeadstartError: ``missing``, if they are not here.
+    """
+    try:
+        rows = pd.read_parquet(layout.manifest / "manifest.parquet")
+        return rows, pd.read_parquet(layout.truth / "labels.parquet")
+    except FileNotFoundError as error:
+        raise HeadstartError(
+            missing, where=str(error.filename), do=f"run `dvc repro validate@{layout.recipe}`"
+        ) from None
+
+
+def items(recipe: Recipe, layout: Layout, rows: pd.DataFrame) -> list[Item]:
+    """What a model reads of each row: its text, or where its picture lies."""
+    if recipe.modality == "text":
+        return list(rows["text"])
+    return [layout.raw / path for path in rows["path"]]
 
 
 def _key(recipe: Recipe, layout: Layout, tags: dict[str, str], champion: str | None) -> str:
