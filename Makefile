@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-fast test-long lint format bench-features bench-finetune bench-few-labels bench-sentiment bench-adaptation bench-predict bench-serve bench-drift bench-gate demo-loop bench-overhead reference lock clean
+.PHONY: help setup demo test test-fast test-long lint format bench-features bench-finetune bench-few-labels bench-sentiment bench-adaptation bench-source-free bench-predict bench-serve bench-drift bench-gate demo-loop bench-overhead reference lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -62,6 +62,9 @@ bench-few-labels: $(READY) ## measure quality over the number of labels (after r
 
 bench-adaptation: $(READY) .venv-peers/.ready ## measure every way to adapt, ours and others' (after running the -tuned recipes)
 	python benchmarks/adaptation.py
+
+bench-source-free: $(READY) ## measure going on without the source's rows (after running the -tuned recipes)
+	python benchmarks/source_free.py
 
 bench-predict: $(READY) ## measure predicting many rows against asking row by row (after make demo)
 	python benchmarks/predict.py

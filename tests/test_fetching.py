@@ -13,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
+import yaml
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import (
@@ -33,8 +35,11 @@ from transformers import (
 from headstart import backbones
 from headstart.errors import HeadstartError
 from headstart.fetching import fetch
+from headstart.heads import Head
 from headstart.layout import Layout, sha256_of
-from tests import cached, examples
+from headstart.recipe import Features
+from headstart.source_free import Inherited
+from tests import cached, examples, tuning
 from tests.servers import Loopback, serving
 
 State = dict[str, torch.Tensor]
@@ -135,6 +140,63 @@ def test_safetensors_become_weights_and_a_description(tmp_path: Path) -> None:
     }
     assert not any(name.startswith("classifier") for name in load_file(found.weights / "weights.safetensors"))
     assert computes(found, network)
+
+
+def registered(root: Path) -> Path:
+    """The folder in which MLflow keeps a version, with the parts of a model in it."""
+    backbone = tuning.write_weights(root / "artifacts/backbone", "timm", "test_efficientnet")
+    described = json.loads((backbone / "spec.json").read_text()) | {"licence": "Apache-2.0"}
+    (backbone / "spec.json").write_text(json.dumps(described))
+    Head(*(np.ones(shape, np.float32) for shape in ((2, 256), (2,), (256,), (256,)))).save(
+        root / "artifacts/head.safetensors"
+    )
+    said = {"classes": ["no", "yes"], "shares": [0.3, 0.7]}
+    (root / "artifacts/model.json").write_text(json.dumps(said))
+    (root / "artifacts/features.json").write_text("{}")
+    parts = {
+        name: {"path": f"artifacts/{file}"}
+        for name, file in {
+            "backbone": "backbone",
+            "head": "head.safetensors",
+            "model": "model.json",
+            "features": "features.json",
+        }.items()
+    }
+    (root / "MLmodel").write_text(yaml.safe_dump({"flavors": {"python_function": {"artifacts": parts}}}))
+    return root
+
+
+def test_a_registered_model_is_a_backbone_and_brings_its_head(tmp_path: Path) -> None:
+    published = registered(tmp_path / "published")
+    found = fetched(tmp_path, TIMM, published)
+    assert spec(found)["source"] == f"file:{published}"
+    assert spec(found)["licence"] == "Apache-2.0"
+    assert spec(found)["sha256"] == sha256_of(found.weights / "weights.safetensors")
+    assert backbones.load(found.weights)[1].architecture == "test_efficientnet"
+    brought = Inherited.read(found.weights)
+    assert brought.classes == ["no", "yes"]
+    assert brought.shares.tolist() == [0.3, 0.7]
+    assert brought.head.weight.shape == (2, 256)
+    brought.check(Features(), None)
+    with pytest.raises(HeadstartError) as caught:
+        brought.check(Features(layers=["blocks.1"], views=2), ["yes", "no"])
+    assert caught.value.table == [
+        "features.layers: ['blocks.1'], the model has None",
+        "features.views: 2, the model has 1",
+        "validate.classes: yes, no, the model has no, yes",
+    ]
+
+
+def test_a_registered_model_of_another_backbone_names_it(tmp_path: Path) -> None:
+    published = registered(tmp_path / "published")
+    assert "write `backbone: timm:test_efficientnet`" in refused(tmp_path, "timm:test_resnet", published).do
+    (published / "artifacts/head.safetensors").unlink()
+    assert "no model that headstart registered" in refused(tmp_path, TIMM, published).what
+
+
+def test_a_backbone_from_elsewhere_brings_no_head(tmp_path: Path) -> None:
+    with pytest.raises(HeadstartError, match="no model to go on from"):
+        Inherited.read(tmp_path)
 
 
 def prefixed(state: State) -> State:

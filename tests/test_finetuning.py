@@ -341,6 +341,47 @@ def test_a_step_aligns_with_as_many_rows_of_the_target_and_meets_all_of_them(eff
     assert not np.array_equal(np.concatenate(seen[:2]), np.concatenate([run._of_target(8, 1)] * 2))
 
 
+FREE: dict[str, Any] = QUICK | {"method": "domain_adaptation", "dropout": 0.0}
+
+
+@pytest.mark.parametrize("way", get_args(recipe.SourceFree))
+def test_without_a_source_the_head_stays_and_what_the_way_trains_moves(way: str, efficientnet: Path) -> None:
+    run = tuning.case(efficientnet, Train(**FREE | {"source_free": way}))
+    before = {name: value.clone() for name, value in run.classifier.state_dict().items()}
+    history = run.run()
+    moved = {name for name, value in run.classifier.state_dict().items() if not value.equal(before[name])}
+    assert moved == set(run.changing)
+    assert not any(name.startswith("linear") for name in moved)
+    layers = dict(run.classifier.named_modules())
+    kinds = {type(layers[name.rpartition(".")[0]]).__name__ for name in moved}
+    assert kinds == {"BatchNormAct2d"} if way == "entropy" else "Conv2d" in kinds
+    assert history.chosen == run.epochs == history.epochs[-1]["epoch"]
+
+
+@pytest.mark.parametrize("way", get_args(recipe.SourceFree))
+def test_without_a_source_a_model_finds_its_classes_again_in_brighter_pictures(
+    way: str, efficientnet: Path, tmp_path: Path
+) -> None:
+    taught = tuning.case(efficientnet, Train(**QUICK | {"epochs": 8, "learning_rate": 0.01}))
+    taught.run()
+    free = Train(**FREE | {"source_free": way, "epochs": 20, "batch_norm": "updated"})
+    taught.classifier.save(tmp_path)
+    run = tuning.case(tmp_path / "backbone", free, head=taught.classifier.head().tempered(20))
+    run.pack, truth = tuning.pictures(brighter=60)
+
+    def right() -> float:
+        return float((run.probabilities(tuning.VAL).argmax(axis=1) == truth[tuning.VAL]).mean())
+
+    before = right()
+    run.run()
+    assert right() > before + 0.2
+
+
+def test_without_normalisation_to_train_there_is_no_entropy_to_lower_by_it(efficientnet: Path) -> None:
+    with pytest.raises(HeadstartError, match="no normalisation to train"):
+        tuning.case(efficientnet, Train(**FREE | {"source_free": "entropy", "freeze": "bn2"}))
+
+
 def test_features_that_are_handed_out_are_those_that_the_head_was_trained_on(efficientnet: Path) -> None:
     run = tuning.case(efficientnet, Train(**QUICK))
     run.run()
@@ -352,13 +393,22 @@ def test_features_that_are_handed_out_are_those_that_the_head_was_trained_on(eff
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
-    [{"mixup": 0.2}, pytest.param({"alignment": "conditional_adversarial"}, marks=pytest.mark.long)],
+    [
+        {"mixup": 0.2},
+        *(
+            pytest.param(more, marks=pytest.mark.long)
+            for more in (
+                {"alignment": "conditional_adversarial"},
+                {"source_free": "hypothesis_transfer"},
+            )
+        ),
+    ],
 )
 def test_a_run_killed_anywhere_ends_with_the_same_bits(
     more: dict[str, Any], efficientnet: Path, tmp_path: Path
 ) -> None:
     """Ten kills at random moments of runs that save after every step, each then run to its end."""
-    method = ALIGNING if "alignment" in more else QUICK
+    method = ALIGNING if "alignment" in more else FREE if "source_free" in more else QUICK
     choices = Train(**method | {"epochs": 4, "augment": {"horizontal_flip": True}} | more)
     environment = {**os.environ, **THREADS}
     undisturbed = tmp_path / "undisturbed"

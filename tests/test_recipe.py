@@ -91,6 +91,14 @@ def test_keys_of_fine_tuning_are_refused_where_no_method_is_named(tmp_path: Path
     assert "train: batch: only with `method: fine_tune`" in text
 
 
+def test_going_on_without_a_source_asks_for_nothing_that_needs_one(tmp_path: Path) -> None:
+    text = mistakes(tmp_path, tuned("source_free: entropy", TUNED_TEXTS))
+    assert "source_free: only with `method: domain_adaptation`" in text
+    train = "method: domain_adaptation\n  source_free: entropy\n  adaptation: coral"
+    text = mistakes(tmp_path, GOOD.replace("method: feature_extraction", train))
+    assert "source_free: there are no rows of a source" in text
+
+
 def test_fine_tuning_without_packed_rows_says_what_to_write(tmp_path: Path) -> None:
     text = mistakes(tmp_path, GOOD.replace("feature_extraction", "fine_tune"))
     assert "needs `features: packed: true`" in text

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
+from headstart.heads import Head
 from tests import examples
 from tests.conftest import Project, clone
 
@@ -160,6 +162,39 @@ def test_a_domain_without_labels_is_adapted_to_registered_and_served(
     clocks = [path.stem for path in finished.root.glob(".headstart/shops/train/*.csv")]
     assert len(clocks) == ("tune" in choices)
     assert not any("taught" in stem for stem in clocks)
+
+
+def test_a_registered_model_goes_on_where_none_of_its_rows_are(finished: Project) -> None:
+    root = finished.root
+    manifest = pd.read_parquet(root / "manifest/moods/manifest.parquet")
+    (root / "inbox/elsewhere").mkdir()
+    manifest.loc[manifest["domain"] == "b", ["text", "label"]].to_csv(root / "inbox/elsewhere/rows.csv")
+    finished.ok("headstart", "export", "moods", "--version", "1", "--output", "given")
+    again = finished("headstart", "export", "moods", "--version", "1", "--output", "given")
+    assert "there is something already" in again.stderr
+    recipe = yaml.safe_load((root / "recipes/moods.yaml").read_text())
+    recipe["ingest"]["source"] = "file:inbox/elsewhere"
+    recipe["validate"] = {"adapter": "table", "target_domain": "all", "near_duplicates": False}
+    recipe["fetch"] = {"backbone": recipe["fetch"]["backbone"], "source": "file:given"}
+    recipe["features"] = {"packed": True, "precision": "float32"}
+    recipe["train"] = {"method": "domain_adaptation", "source_free": "hypothesis_transfer", "epochs": 1}
+    (root / "recipes/elsewhere.yaml").write_text(yaml.safe_dump(recipe))
+    printed = finished.ok("headstart", "run", "recipes/elsewhere.yaml")
+    assert "registered as elsewhere version 1" in printed
+    said = json.loads((root / "model/elsewhere/model.json").read_text())
+    assert said["adaptation"] == "hypothesis_transfer"
+    assert "Adapted by `hypothesis_transfer`" in (root / "evidence/elsewhere/summary.md").read_text()
+    reports = root / "reports/elsewhere"
+    assert "a registered model, gone on" in (reports / "report.html").read_text()
+    assert "without the rows that it had learned from" in (reports / "model-card.md").read_text()
+    there = pd.read_parquet(root / "manifest/elsewhere/manifest.parquet")
+    assert set(there["label"]) == {""}
+    rows = pd.read_parquet(root / "model/elsewhere/predictions.parquet").merge(there[["id", "text"]], on="id")
+    answers = answers_of_the_candidate(finished, rows, "elsewhere")
+    columns = ["p:happy", "p:unhappy"]
+    assert (answers[columns] - rows[columns]).abs().to_numpy().max() < 1e-5
+    given = Head.load(root / "weights/elsewhere/registered/head.safetensors")
+    assert (Head.load(root / "model/elsewhere/head.safetensors").weight == given.weight).all()
 
 
 def test_the_registered_model_predicts_what_training_predicted_and_holds_no_pickle(finished: Project) -> None:

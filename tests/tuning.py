@@ -20,6 +20,7 @@ from headstart import finetuning, packs
 from headstart.checkpoints import Checkpoints
 from headstart.classifiers import Classifier
 from headstart.finetuning import Labels, Tuning
+from headstart.heads import Head
 from headstart.recipe import Features, Train
 from headstart.training import soft_targets
 
@@ -56,11 +57,11 @@ def write_weights(folder: Path, library: str = "torchvision", architecture: str 
     return folder
 
 
-def pictures() -> tuple[packs.Pixels, np.ndarray[Any, np.dtype[np.int64]]]:
+def pictures(brighter: float = 0) -> tuple[packs.Pixels, np.ndarray[Any, np.dtype[np.int64]]]:
     """Noise, darker and lighter by class."""
     chance = np.random.default_rng(0)
     truth = np.arange(ROWS) % 2
-    levels = np.array([100, 150])[truth][:, None, None, None]
+    levels = brighter + np.array([100, 150])[truth][:, None, None, None]
     array = chance.normal(levels, 60, (ROWS, SIDE, SIDE, 3)).clip(0, 255).astype(np.uint8)
     return packs.Pixels(array), truth.astype(np.int64)
 
@@ -69,18 +70,27 @@ def case(
     weights: Path,
     choices: Train,
     *,
+    head: Head | None = None,
     work: Path | None = None,
     layers: list[str] | None = None,
     views: Literal[1, 2, 8] = 1,
 ) -> Tuning:
-    """A run that has not begun; if it aligns, then with the last training rows, whose labels it lacks."""
+    """A run that has not begun.
+
+    If it aligns, then with the last training rows, whose labels it lacks; without a source it knows no label.
+    """
     pack, truth = pictures()
+    val, shares = VAL, None
     torch.manual_seed(0)
-    classifier = Classifier(weights, Features(packed=True, layers=layers, views=views), choices, 2)
+    classifier = Classifier(weights, Features(packed=True, layers=layers, views=views), choices, 2, head)
     train, target = (TRAIN, None) if choices.alignment is None else (TRAIN[:40], TRAIN[40:])
     targets = soft_targets(truth, np.ones(ROWS), 2)
     if target is not None:
         truth[target], targets[target] = -1, np.nan
+    if choices.source_free:
+        val, truth[:] = VAL[:0], 0
+        targets = soft_targets(truth, np.ones(ROWS), 2)
+        shares = np.array([0.5, 0.5]) if choices.source_free == "hypothesis_transfer" else None
     labels = Labels(
         truth,
         targets,
@@ -88,8 +98,17 @@ def case(
         [f"row-{i}" for i in range(ROWS)],
         [f"group-{i // 2}" for i in range(ROWS)],
     )
-    checkpoints = Checkpoints(work / "kept") if work else None
-    return Tuning(classifier, pack, labels, train, VAL, target=target, checkpoints=checkpoints, work=work)
+    return Tuning(
+        classifier,
+        pack,
+        labels,
+        train,
+        val,
+        target=target,
+        shares=shares,
+        checkpoints=Checkpoints(work / "kept") if work else None,
+        work=work,
+    )
 
 
 def text_case(root: Path) -> tuple[Path, packs.Sentences, np.ndarray[Any, np.dtype[np.int64]]]:

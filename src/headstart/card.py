@@ -30,6 +30,8 @@ METHODS = {
     "fine_tune": "The backbone is trained together with a linear head.",
     "domain_adaptation": "A linear head is fitted for the domain {target}, whose labels are not used, from "
     "the labels of other domains.",
+    "source_free": "A registered model went on learning from rows of the domain {target}, without a label "
+    "and without the rows that it had learned from.",
 }
 
 
@@ -139,14 +141,16 @@ def _data(recipe: Recipe, spec: dict[str, Any], found: dict[str, Any]) -> list[s
 
 
 def _method(recipe: Recipe, spec: dict[str, Any], model: dict[str, Any]) -> list[str]:
-    method = recipe.train.method
+    method: str = recipe.train.method
     if model.get("adaptation", "") is None:
         method = "fine_tune" if recipe.train.tune else "feature_extraction"
+    elif recipe.train.source_free:
+        method = "source_free"
     words = [
         f"Backbone: {spec['architecture']} of {spec['library']}.",
         METHODS[method].format(target=_plain(recipe.validate_.target_domain or "")),
     ]
-    if method != recipe.train.method:
+    if model.get("adaptation", "") is None:
         words.append(f"It is not adapted to another domain: {model['reason']}.")
     elif recipe.train.tune:
         words.append("The backbone was fine-tuned on the source domains first.")

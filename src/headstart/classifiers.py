@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from headstart import alignment, backbones, devices, features, precision
 from headstart.errors import HeadstartError
 from headstart.heads import Head
-from headstart.layout import sha256_of
+from headstart.layout import REGISTERED, sha256_of
 from headstart.normalisation import NORMS
 from headstart.recipe import Features, Train
+
+SCALING = (*NORMS, nn.GroupNorm, nn.LayerNorm)  # they end in a scale and a shift
 
 
 class Classifier(nn.Module):
@@ -67,11 +69,18 @@ class Classifier(nn.Module):
                 (self.scale, head.scale),
             ):
                 own.data = torch.from_numpy(given.copy())
+        self.linear.requires_grad_(choices.source_free is None)
         names = [name for name, _ in network.named_modules()]
         last = self._last_frozen(names)
         self.frozen = self._freeze(last, reached)
         if choices.lora:
             self._adapt(choices.lora)
+        if choices.source_free == "entropy" and not any(self.trained()):
+            raise HeadstartError(
+                f"{self.spec.architecture} has no normalisation to train",
+                where="train.source_free",
+                do="take hypothesis_transfer",
+            )
         self.discriminator: alignment.Discriminator | None = None
         if choices.alignment in alignment.ADVERSARIAL:
             conditional = choices.alignment == "conditional_adversarial"
@@ -134,7 +143,7 @@ class Classifier(nn.Module):
         if self.spec.modality == "image":
             network = network.to(memory_format=torch.channels_last)
             side = features.side_of(self.spec, options)
-            if self.choices.batch_norm == "frozen" and features.foldable(network, options.layers):
+            if not self.choices.follows_batches and features.foldable(network, options.layers):
                 # Frozen, it is a multiplication that the convolution before it can do: a fifth of a step.
                 self.folds = precision.pairs(network, torch.zeros(1, 3, side, side))
                 network = precision.fold(network, self.folds)
@@ -151,12 +160,12 @@ class Classifier(nn.Module):
     def _freeze(self, last: int, reached: set[nn.Module]) -> set[nn.Module]:
         """Let all that runs learn, but for what comes up to place ``last``; return what does not learn."""
         # Up to the end of the layer named: networks register their layers in the order they run.
-        network = self.tapped.network
+        network, scales_alone = self.tapped.network, self.choices.source_free == "entropy"
         frozen = {module for module in network.modules() if module not in reached}
         for place, (_, module) in enumerate(network.named_modules()):
             if place > last and module in reached:
                 for parameter in module.parameters(recurse=False):
-                    parameter.requires_grad_(True)
+                    parameter.requires_grad_(not scales_alone or isinstance(module, SCALING))
         for module in network.modules():
             parameters = list(module.parameters())
             if parameters and not any(parameter.requires_grad for parameter in parameters):
@@ -194,7 +203,7 @@ class Classifier(nn.Module):
         """Training mode, but for what is frozen: its statistics stay, and nothing of it drops out."""
         super().train(mode)
         for module in self.modules():
-            if module in self.frozen or (isinstance(module, NORMS) and self.choices.batch_norm == "frozen"):
+            if module in self.frozen or (isinstance(module, NORMS) and not self.choices.follows_batches):
                 module.training = False
         return self
 
@@ -225,7 +234,7 @@ class Classifier(nn.Module):
         """Parameters that did not come with the backbone, and learn at the head's rate."""
         for module in (self.linear, self.discriminator):
             if module is not None:
-                yield from module.named_parameters()
+                yield from (named for named in module.named_parameters() if named[1].requires_grad)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The backbone's parameters that are trained, in the order in which the network runs."""
@@ -240,7 +249,7 @@ class Classifier(nn.Module):
         found: dict[str, Tensor] = {
             name: parameter.data for name, parameter in self.named_parameters() if parameter.requires_grad
         }
-        if self.choices.batch_norm == "updated":
+        if self.choices.follows_batches:
             for name, module in self.named_modules():
                 if isinstance(module, NORMS) and module not in self.frozen:
                     found |= {f"{name}.{key}": value for key, value in module.named_buffers()}
@@ -262,7 +271,8 @@ class Classifier(nn.Module):
             if not name.startswith("pooler.")
         }
         backbone = folder / "backbone"
-        shutil.copytree(self.weights, backbone, ignore=shutil.ignore_patterns("weights.safetensors"))
+        mine = shutil.ignore_patterns("weights.safetensors", REGISTERED)
+        shutil.copytree(self.weights, backbone, ignore=mine)
         save_file(state, backbone / "weights.safetensors")
         replace(self.spec, sha256=sha256_of(backbone / "weights.safetensors")).write(backbone)
         self.head().save(folder / "head.safetensors")

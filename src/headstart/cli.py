@@ -350,21 +350,31 @@ def monitor(
 def export(
     name: ModelName,
     onnx: Annotated[bool, typer.Option("--onnx", help="As ONNX, checked against PyTorch.")] = False,
-    output: Annotated[Path | None, typer.Option(help="By default NAME.onnx in this folder.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="By default NAME-VERSION or NAME.onnx in this folder.")
+    ] = None,
     version: Annotated[str, typer.Option(help="A version or an alias.")] = "champion",
 ) -> None:
-    """Write a model as one file for other programs; beside that of a text model, its tokenizer.json."""
-    if not onnx:
-        raise HeadstartError("there is no form to export to", do="add --onnx")
+    """Write a model as the folder that MLflow loads it from, or as one file for other programs.
+
+    A text model's one file has its tokenizer.json beside it.
+    """
     _anywhere()
     from headstart import models
-    from headstart import onnx as form
 
-    loaded, target = models.load(name, version), (output or Path(f"{name}.onnx")).resolve()
-    examples: list[Item] = []
-    with contextlib.suppress(HeadstartError):  # outside of its project a model is compared on made-up rows
-        examples = form.examples(*_recipe_of(name))
-    print(f"{name} version {loaded.version} is exported to {form.export(loaded, target, examples)}")
+    loaded = models.load(name, version)
+    if onnx:
+        from headstart import onnx as form
+
+        examples: list[Item] = []
+        with contextlib.suppress(
+            HeadstartError
+        ):  # outside of its project a model is compared on made-up rows
+            examples = form.examples(*_recipe_of(name))
+        made = form.export(loaded, (output or Path(f"{name}.onnx")).resolve(), examples)
+    else:
+        made = models.export(loaded, (output or Path(f"{name}-{loaded.version}")).resolve())
+    print(f"{name} version {loaded.version} is exported to {made}")
 
 
 def _anywhere() -> None:

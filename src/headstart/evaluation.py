@@ -111,6 +111,12 @@ def predictions(model: Path, truth: Path) -> tuple[pd.DataFrame, dict[str, Any],
     if target.any():
         known = rows[target].drop(columns="label").merge(pd.read_parquet(truth / "labels.parquet"), on="id")
         blind = known.empty
+        if target.all() and blind:
+            raise HeadstartError(
+                "no row has a label to measure the model by",
+                where=str(truth / "labels.parquet"),
+                do="label some rows, of val and of test: training will not see the labels",
+            )
         rows = (rows[~target] if blind else known).reset_index(drop=True)
     faults, classes = [], described["classes"]
     if [name for name in map(str, rows.columns) if name.startswith("p:")] != [
@@ -293,7 +299,8 @@ def _adaptation(model: dict[str, Any], accuracy: float | None) -> str:
     ``accuracy`` is the target's, if any of its labels is known.
     """
     if "shift" not in model:
-        return f"\n## The shift\n\nNot adapted: {model['reason']}.\n" if "adaptation" in model else ""
+        done = f"Adapted by `{model['adaptation']}`" if model.get("adaptation") else "Not adapted"
+        return f"\n## The shift\n\n{done}: {model['reason']}.\n" if "adaptation" in model else ""
     lines = ["", "## The shift", "", *(f"- {words}" for words in model["shift"]["words"]), ""]
     taught = " Then a new backbone was taught what the adapted model says." if model["taught"] else ""
     lines.append(f"Adapted by `{model['adaptation']}`: {model['reason']}.{taught}")

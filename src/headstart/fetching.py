@@ -12,12 +12,13 @@ import logging
 import re
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headstart import archives, backbones, sources
 from headstart.errors import HeadstartError
-from headstart.layout import Layout, sha256_of, written_whole
+from headstart.layout import REGISTERED, Layout, registered_parts, sha256_of, written_whole
 from headstart.recipe import Fetch, Recipe
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ def fetch(recipe: Recipe, layout: Layout) -> None:
         unpacked = target / ".published"
         unpacked.mkdir()
         published = archives.extract(downloaded, member, unpacked)
+        if (published / "MLmodel").is_file():
+            _from_champion(published, chosen, digest, target)
+            shutil.rmtree(unpacked)
+            return
         if library == "transformers":
             state, facts = _from_hub_folder(architecture, published, chosen, target)
         else:
@@ -69,6 +74,29 @@ def fetch(recipe: Recipe, layout: Layout) -> None:
             **facts,
         )
         spec.write(target)
+
+
+def _from_champion(published: Path, chosen: Fetch, digest: str, target: Path) -> None:
+    """The backbone of a registered model, and in ``registered/`` its head and what goes with it."""
+    try:
+        parts = registered_parts(published)
+        spec = backbones.Spec.read(parts["backbone"])
+        (target / REGISTERED).mkdir()
+        for part in ("head", "model", "features"):
+            shutil.copy(parts[part], target / REGISTERED / f"{part}{parts[part].suffix}")
+    except (KeyError, OSError) as error:
+        what, do = "this is no model that headstart registered", "take the folder of one from the registry"
+        raise _error(chosen, what, [f"{type(error).__name__}: {error}"], do) from None
+    if f"{spec.library}:{spec.architecture}" != chosen.backbone:
+        do = f"write `backbone: {spec.library}:{spec.architecture}` under fetch"
+        raise _error(chosen, "the registered model has another backbone", [], do)
+    shutil.copytree(parts["backbone"], target, dirs_exist_ok=True)
+    replace(
+        spec,
+        source=sources.redacted(chosen.source),
+        source_sha256=digest,
+        licence=chosen.licence or spec.licence,
+    ).write(target)
 
 
 def _from_tensors(whole: nn.Module, published: State, chosen: Fetch) -> tuple[State, dict[str, Any]]:

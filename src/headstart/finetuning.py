@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN = 60.0  # checkpoints at least
 RESAMPLES, SURE = 200, 0.95  # of the validation groups, and the share of them that a better epoch wins
 SHARE_OF_TIME = 0.05  # that checkpoints may take
+NAMED_WEIGHT = 0.3  # of the classes that rows are given by their centres; that of Liang et al. 2020
 TOKENS_DROPPED = 0.15  # of a text that is changed much
 LOWER_IS_BETTER = {"log_loss"}
 BAD_ROWS = "bad_rows.csv"
@@ -56,6 +57,11 @@ class Labels:
     weights: Floats  # [n]
     ids: Sequence[str]  # [n]
     groups: Sequence[str]  # [n]
+
+    def name(self, rows: Rows, classes: Ints) -> None:
+        """From now on, take these rows for rows of these classes."""
+        self.truth[rows] = classes
+        self.targets[rows] = np.eye(self.targets.shape[1])[classes]
 
 
 @dataclass
@@ -99,6 +105,7 @@ class Tuning:
         train: rows to learn from.
         val: rows that choose the epoch.
         target: rows without labels that ``alignment`` sees.
+        shares: of each class, float64 [classes], in which a source-free training expects to name rows.
         checkpoints: where the run is kept; without, a killed run starts anew.
         work: where the ids of a batch go that cannot be learned from.
     """
@@ -112,6 +119,7 @@ class Tuning:
         val: Rows,
         *,
         target: Rows | None = None,
+        shares: Floats | None = None,
         checkpoints: Checkpoints | None = None,
         work: Path | None = None,
     ) -> None:
@@ -141,10 +149,11 @@ class Tuning:
         self.step, self.elapsed, self.pause = 0, 0.0, SECONDS_BETWEEN
         self.activations: Activations | None = None
         self.target_order: tuple[int, list[Rows]] = (-1, [])
-        if choices.alignment and self.accelerator.num_processes > 1:
+        self.shares = None if shares is None else torch.from_numpy(shares).to(self.device)
+        if (choices.alignment or choices.source_free) and self.accelerator.num_processes > 1:
             raise HeadstartError(
-                "alignment compares the domains within one process",
-                do="start one, or leave train.alignment out",
+                "alignment compares the rows of a batch within one process",
+                do="start one, or leave train.alignment and train.source_free out",
             )
 
     def run(self) -> History:
@@ -198,6 +207,8 @@ class Tuning:
                 epoch, place = divmod(self.step, self.per_epoch)
                 if epoch != ordered:
                     order, ordered = self.order(epoch), epoch
+                    if not place and self.choices.source_free == "hypothesis_transfer":
+                        self._name_rows()
                     epoch_began = time.monotonic(), time.process_time()
                 rows = order[place]
                 done = max((self.step + 1) / total, self._share_of_budget())
@@ -338,6 +349,8 @@ class Tuning:
                 seen, logits = self._learned_from(inputs, known)
                 losses = -(targets * logits.log_softmax(dim=1)).sum(dim=1)
                 loss = (weights * losses).sum() / whole * (0 if idle else 1)
+                if self.choices.source_free:
+                    loss = self._source_free(logits, loss, len(part) / len(mine))
                 if len(beside := theirs[start : start + self.micro]):
                     share = self.choices.alignment_weight * len(part) / len(mine)
                     loss = loss + share * self._alignment(seen, logits, beside, epoch)
@@ -377,6 +390,28 @@ class Tuning:
             str(self.choices.alignment), (vectors, logits), there, self.classifier.discriminator, factor
         )
 
+    def _source_free(self, logits: Tensor, named: Tensor, share: float) -> Tensor:
+        """The loss where nothing but the target is at hand.
+
+        Args:
+            logits: [n, classes], of some rows of a batch.
+            named: their part of the batch's cross-entropy with the classes that they were given.
+            share: of the batch that these rows are.
+        """
+        if self.shares is None:
+            return share * alignment.entropy(logits)
+        return share * alignment.information(logits, self.shares) + NAMED_WEIGHT * named
+
+    def _name_rows(self) -> None:
+        """Give each row the class whose centre its vector is nearest to, as the weights are now."""
+        rows, linear = self.train_rows, self.classifier.linear
+        vectors = (
+            torch.from_numpy(self.vectors(rows)).to(self.device) - self.classifier.mean
+        ) / self.classifier.scale
+        with torch.no_grad():
+            named = alignment.centroid_labels(vectors, linear(vectors)).cpu().numpy()
+        self.labels.name(rows, named)
+
     def _changed(self, rows: Rows, epoch: int) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """As ``_inputs``, but pictures changed much, and texts without some of their tokens."""
         if self.classifier.spec.modality == "image":
@@ -413,6 +448,10 @@ class Tuning:
     def _judge(self, epoch: int) -> None:
         """Measure the weights on the validation rows, and keep them if they are the best so far."""
         judged = self.mean or self.changing
+        if not len(self.val_rows):  # nothing can choose
+            self.history.epochs.append({"epoch": epoch, "step": self.step})
+            self.history.chosen, self.best = epoch, {name: value.clone() for name, value in judged.items()}
+            return
         own = {name: value.clone() for name, value in self.changing.items()}
         self._load(judged)
         found = scores(self.labels.truth[self.val_rows], self.probabilities(self.val_rows))
@@ -511,6 +550,8 @@ class Tuning:
         tensors["steps"] = torch.tensor(
             [list(line.values()) for line in self.history.steps], dtype=torch.float64
         )
+        if self.choices.source_free:
+            tensors["named"] = torch.from_numpy(self.labels.truth[self.train_rows])
         notes = {
             "elapsed": self.elapsed,
             "micro": self.micro,
@@ -542,6 +583,8 @@ class Tuning:
                     like = parameter if value.shape == parameter.shape else value
                     state = self.optimizer.state[parameter]
                     state[name.removeprefix(prefix)] = torch.empty_like(like, dtype=value.dtype).copy_(value)
+        if self.choices.source_free:
+            self.labels.name(self.train_rows, checkpoint.tensors["named"].numpy())
         notes = checkpoint.notes
         steps = [
             dict(zip(notes["columns"], line, strict=True)) for line in checkpoint.tensors["steps"].tolist()

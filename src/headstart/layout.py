@@ -1,7 +1,7 @@
 """Where the files of a recipe live: the one place that knows folder names.
 
 Goes in: a project root and a recipe's name. Comes out: paths, and folders that appear
-whole or not at all. Never reads what is inside them.
+whole or not at all. Never reads what is inside them, but for MLflow's own list of a model's parts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from headstart.errors import HeadstartError
 
 EARLIER_SPLITS = ".splits.parquet"  # in the raw folder: ids and splits of the snapshot before this one
 HIDDEN = ""  # in a manifest, the label of a row whose label is unknown or put aside
+REGISTERED = "registered"  # beside a backbone that was a registered model's: its head, and what goes with it
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
@@ -141,3 +142,12 @@ def sha256_of(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def registered_parts(folder: Path) -> dict[str, Path]:
+    """The parts of a model, as ``models.parts_of`` names them, in MLflow's folder of a version."""
+    import yaml
+
+    described = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))
+    paths = described["flavors"]["python_function"]["artifacts"]
+    return {part: folder / where["path"] for part, where in paths.items()}

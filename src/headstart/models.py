@@ -7,6 +7,7 @@ and aliases only to load from it, and never changes them.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from headstart.calibration import Decision
 from headstart.errors import HeadstartError
 from headstart.heads import Head
-from headstart.layout import Layout
+from headstart.layout import Layout, registered_parts, written_whole
 from headstart.metrics import Floats
 from headstart.recipe import Features, Recipe
 
@@ -129,7 +130,6 @@ def load(name: str, which: str = "champion") -> Version:
         HeadstartError: there is no such model, version or alias, or the store cannot be reached.
     """
     import mlflow
-    import yaml
     from mlflow.exceptions import MlflowException
 
     from headstart import stores
@@ -153,7 +153,18 @@ def load(name: str, which: str = "champion") -> Version:
             ) from None
         uri = client.get_model_version_download_uri(name, str(found.version))
         folder = stores.files(name, str(found.version), uri)
-    described = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))
-    paths = described["flavors"]["python_function"]["artifacts"]
-    parts = {part: folder / where["path"] for part, where in paths.items()}
-    return Version(name, str(found.version), found.run_id, dict(found.tags), folder, Model.read(parts))
+    read = Model.read(registered_parts(folder))
+    return Version(name, str(found.version), found.run_id, dict(found.tags), folder, read)
+
+
+def export(version: Version, target: Path) -> Path:
+    """Copy the folder that MLflow loads a version from, and return where it is.
+
+    Raises:
+        HeadstartError: something is there already, or the disk is full or not writable.
+    """
+    if target.exists():
+        raise HeadstartError("there is something already", where=str(target), do="name another place")
+    with written_whole(target) as folder:
+        shutil.copytree(version.folder, folder, dirs_exist_ok=True)
+    return target

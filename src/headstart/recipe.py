@@ -187,6 +187,9 @@ Alignment = Literal[
 ]
 
 
+SourceFree = Literal["hypothesis_transfer", "entropy"]
+
+
 class Decide(Block):
     """Which class to name, given the probabilities. By default the likeliest."""
 
@@ -206,7 +209,7 @@ class Decide(Block):
 
 
 class Train(Block):
-    """How the model is built. The keys from ``head_first`` on are those of ``fine_tune``, and of ``tune``."""
+    """How the model is built. The keys from ``head_first`` on are those of training the backbone."""
 
     method: Literal["feature_extraction", "fine_tune", "domain_adaptation"] = "feature_extraction"
     """``feature_extraction``: the backbone stays frozen, a linear head is trained on its features.
@@ -235,6 +238,10 @@ class Train(Block):
     teach: bool = False
     """After ``tune`` and adapting, tune anew with the target's rows too, labelled as the adapted head names
     them, its doubts included."""
+    source_free: SourceFree | None = None
+    """Go on from a registered model that `fetch` brings, with unlabelled rows of the target alone. Its head
+    stays. ``hypothesis_transfer`` trains its backbone (SHOT, Liang et al. 2020), ``entropy`` the scales and
+    shifts of its normalisation (TENT, Wang et al. 2021)."""
     head_first: bool = True
     """Start from the head that fits the frozen features best, instead of a random one."""
     frozen_below: int | None = Field(default=None, ge=0)
@@ -299,20 +306,29 @@ class Train(Block):
             raise ValueError("alignment: only with `tune: true`, and without mixup")
         if (self.teach or self.target_statistics) and not self.tune:
             raise ValueError("teach, target_statistics: only with `tune: true`")
+        if self.source_free and (self.adaptation or self.tune or self.mixup):
+            raise ValueError("source_free: there are no rows of a source for adaptation, tune or mixup")
+        if self.source_free and self.method != "domain_adaptation":
+            raise ValueError("source_free: only with `method: domain_adaptation`")
         if self.decide.metric and self.method == "domain_adaptation":
             raise ValueError("decide.metric: the validation rows are not of the target domain")
-        of_all = {"method", "seed", "class_weight", "l2", "decide", "adaptation", "tune"}
+        of_all = {"method", "seed", "class_weight", "l2", "decide", "adaptation", "tune", "source_free"}
         alien = self.model_fields_set - of_all
         if alien and not self.trains_backbone:
             raise ValueError(
-                f"{', '.join(sorted(alien))}: only with `method: fine_tune`, or with `tune: true`"
+                f"{', '.join(sorted(alien))}: only with `method: fine_tune`, `tune: true` or `source_free`"
             )
         return self
 
     @property
     def trains_backbone(self) -> bool:
         """Whether the backbone is trained too, for which packed rows are needed."""
-        return self.method == "fine_tune" or self.tune
+        return self.method == "fine_tune" or self.tune or self.source_free is not None
+
+    @property
+    def follows_batches(self) -> bool:
+        """Whether BatchNorm standardises by the batch at hand, and its statistics follow."""
+        return self.batch_norm == "updated" or self.source_free == "entropy"
 
 
 class Evaluate(Block):
@@ -382,8 +398,18 @@ class Recipe(Block):
             raise ValueError(
                 "validate.target_domain, train.method: a target domain and `domain_adaptation` go together"
             )
+        if self.train.source_free and (self.validate_.source_domains or self.validate_.target_labels):
+            raise ValueError(
+                "validate.source_domains, validate.target_labels: `train: source_free` learns from no label"
+            )
         if self.train.trains_backbone and not self.features.packed:
-            wants = "method: fine_tune" if self.train.method == "fine_tune" else "tune: true"
+            wants = (
+                "tune: true"
+                if self.train.tune
+                else "source_free"
+                if self.train.source_free
+                else "method: fine_tune"
+            )
             raise ValueError(f"features.packed: `train: {wants}` needs `features: packed: true`")
         if self.train.lora and self.modality == "image":
             raise ValueError("train.lora: needs a backbone of `transformers`")

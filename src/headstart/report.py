@@ -48,6 +48,7 @@ METHODS = {
     "feature_extraction": "a new head on frozen features",
     "fine_tune": "fine-tuned together with its head",
     "domain_adaptation": "adapted to another domain",
+    "source_free": "a registered model, gone on without the rows it came from",
     "not yet": "of the source domains, as there was nothing to adapt to yet",
 }
 SHIFT = {
@@ -94,7 +95,7 @@ def write(recipe: Recipe, layout: Layout, verdict: dict[str, Any] | None = None)
         "said": said,
         "metrics": METRICS,
         "titles": evaluation.TITLES,
-        "method": METHODS["not yet" if said.model.get("adaptation", "") is None else recipe.train.method],
+        "method": METHODS[_method(said, recipe)],
         "tiles": _tiles(said),
         "verdict": None if verdict is None else _decision(verdict, recipe),
         "confusion": _confusion(said),
@@ -492,6 +493,12 @@ def _classes(said: _Said) -> list[dict[str, Any]]:
     return lines
 
 
+def _method(said: _Said, recipe: Recipe) -> str:
+    if said.model.get("adaptation", "") is None:
+        return "not yet"
+    return "source_free" if recipe.train.source_free else recipe.train.method
+
+
 def _adaptation(said: _Said, layout: Layout) -> dict[str, Any]:
     """The shift in figures and in a plane, and the ways of adapting with what was known of each."""
     from headstart import adaptation
@@ -579,23 +586,31 @@ def _training(layout: Layout, model: dict[str, Any]) -> list[Chart]:
 
 
 def _learning(steps: pd.DataFrame, epochs: pd.DataFrame, model: dict[str, Any]) -> list[Chart]:
-    """Loss over steps, and validation scores over epochs, with the epoch that was kept."""
+    """Loss over steps, and validation scores over epochs, with the epoch that was kept.
+
+    Where there was nothing to validate by, the loss alone.
+    """
     pieces = np.array_split(steps[["step", "loss"]].to_numpy(), min(len(steps), 60))
     train = [(float(piece[:, 0].mean()), float(np.nanmean(piece[:, 1]))) for piece in pieces]
-    at = _points(epochs["step"].to_numpy(), epochs["log_loss"].to_numpy())
-    small: list[float] = [3.0] * len(at)
-    series = [Series("training", train, "ink"), Series("validation", at, "s0", small)]
+    small: list[float] = [3.0] * len(epochs)
+    series, judged = [Series("training", train, "ink")], "log_loss" in epochs
+    if judged:
+        at = _points(epochs["step"].to_numpy(), epochs["log_loss"].to_numpy())
+        series.append(Series("validation", at, "s0", small))
     kept = epochs[epochs["epoch"] == model.get("epoch")]
     which = f" Epoch {model['epoch']} of {model['epochs']} was kept." if len(kept) else ""
     loss = Chart(
         "loss",
         "Loss",
-        "Loss of training, each point the mean of some steps, and of validation rows after each epoch."
+        "Loss of training, each point the mean of some steps"
+        + (", and of validation rows after each epoch." if judged else ".")
         + which,
         Axis("step", 0.0, float(steps["step"].max()), whole=True),
         Axis.around("log-loss", [y for s in series for _, y in s.points if np.isfinite(y)]),
         series,
     )
+    if not judged:
+        return [loss]
     lines = [
         Series(
             evaluation.TITLES[key], _points(epochs["epoch"].to_numpy(), epochs[key].to_numpy()), look, small

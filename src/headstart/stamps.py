@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.errors import HeadstartError
-from headstart.layout import Layout, sha256_of
+from headstart.layout import REGISTERED, Layout, sha256_of
 from headstart.recipe import Recipe
 
 LIBRARY = Path(__file__).parent
@@ -42,6 +42,7 @@ MODULES = (
     "recipe",
     "schedules",
     "shifts",
+    "source_free",
     "splits",
     "stamps",
     "texts",
@@ -59,13 +60,14 @@ def take(recipe: Recipe, layout: Layout) -> dict[str, Any]:
 
     Returns:
         ``recipe``, ``data`` (the manifest), ``features`` and ``backbone`` as hex sha256, ``code`` as hex
-        sha256 per module, and ``seed``.
+        sha256 per module, ``seed``, and ``registered``, the head of a registered model to go on from.
 
     Raises:
         HeadstartError: the manifest or the features are missing.
     """
     try:
         described = json.loads((layout.features / "features.json").read_text(encoding="utf-8"))
+        brought = layout.weights / REGISTERED / "head.safetensors"
         return {
             "recipe": hashlib.sha256(recipe.train.model_dump_json().encode()).hexdigest(),
             "data": sha256_of(layout.manifest / "manifest.parquet"),
@@ -73,7 +75,7 @@ def take(recipe: Recipe, layout: Layout) -> dict[str, Any]:
             "backbone": described["backbone_sha256"],
             "code": {name: sha256_of(LIBRARY / f"{name}.py") for name in MODULES},
             "seed": recipe.train.seed,
-        }
+        } | ({"registered": sha256_of(brought)} if brought.exists() else {})
     except FileNotFoundError as error:
         raise HeadstartError(
             "what training reads is missing",
@@ -103,8 +105,9 @@ def differences(stamps: dict[str, Any], recipe: Recipe, layout: Layout) -> list[
             "data": "manifest.parquet has changed since training",
             "features": "features.npy has changed since training",
             "seed": f"the seed was {stamps.get('seed')}, the recipe says {now['seed']}",
+            "registered": "the registered model to go on from has changed since training",
         }.items()
-        if stamps.get(key) != now[key]
+        if stamps.get(key) != now.get(key)
     ]
     if {stamps.get("backbone")} != {now["backbone"], weights}:
         found.append("the backbone's weights are not those that the features were made with")

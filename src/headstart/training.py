@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from headstart import launching, stamps
+from headstart import launching, source_free, stamps
 from headstart.calibration import Decision, decision, temperature, tempered
 from headstart.errors import HeadstartError
 from headstart.heads import Features, Head, select
@@ -116,7 +116,8 @@ def train(recipe: Recipe, layout: Layout) -> None:
         from headstart import devices
 
         # Domains are compared, and rows read or labelled anew, within one process.
-        alone = recipe.train.alignment or recipe.train.teach or recipe.train.target_statistics
+        choices = recipe.train
+        alone = choices.alignment or choices.teach or choices.target_statistics or choices.source_free
         if not launching.launched() and (processes := devices.processes()) > 1 and not alone:
             launching.train(Path("recipes") / f"{layout.recipe}.yaml", processes)
             return
@@ -134,7 +135,8 @@ def train(recipe: Recipe, layout: Layout) -> None:
             "method": recipe.train.method,
             "classes": examples.classes,
             **fitted.said,
-            **(_unadapted(recipe) if not isinstance(fitted, Adapted) else {}),
+            **(_unadapted(recipe) if isinstance(fitted, Calibrated) else {}),
+            **_shares(examples, held_out, probabilities),
             "decision": asdict(rule),
             "stamps": stamped,
         }
@@ -158,6 +160,17 @@ def _rule(choices: Train, examples: Examples, held_out: Rows, probabilities: Flo
     if choices.method == "domain_adaptation":
         val[:] = False
     return decision(examples.truth[held_out[val]], probabilities[val], examples.classes, choices.decide)
+
+
+def _shares(examples: Examples, held_out: Rows, probabilities: Floats) -> dict[str, list[float]]:
+    """What model.json tells of the shares in which the source's validation rows are named.
+
+    Where classes are weighed, or confused, they are not those of the labels.
+    """
+    val = (examples.manifest["split"].to_numpy()[held_out] == "val") & (examples.truth[held_out] >= 0)
+    return (
+        {"shares": [round(float(share), 4) for share in probabilities[val].mean(axis=0)]} if val.any() else {}
+    )
 
 
 def _unadapted(recipe: Recipe) -> dict[str, Any]:
@@ -189,6 +202,8 @@ def fit(
     Raises:
         HeadstartError: as for ``train``.
     """
+    if recipe.train.source_free:
+        return freed(recipe, layout, examples, key=key)
     of_target = (examples.manifest["domain"] == recipe.validate_.target_domain).to_numpy()
     train, known = train[~of_target[train]], train[of_target[train]]
     source = source_of(recipe, layout, examples, train, val, key=key)
@@ -224,8 +239,7 @@ def source_of(
             do="leave it out",
         )
     tuning.run()
-    clock = layout.work / "train" / f"{key}.csv" if key is not None else None
-    tuned = Tuned(recipe, examples, tuning, frozen, clock, tuning.probabilities(val))
+    tuned = Tuned(recipe, examples, tuning, frozen, _clock(layout, key), tuning.probabilities(val))
     if recipe.train.tune:
         tuned = tuned.with_features()  # while all processes are at hand
     return tuned if tuning.accelerator.is_main_process else None
@@ -401,6 +415,33 @@ class Calibrated:
         path = folder / "head.safetensors"
         Head.load(path).tempered(self.heat).save(path)
         return tempered(found, self.heat)
+
+
+@dataclass(frozen=True)
+class Freed:
+    """A registered model that went on learning from the target's rows alone."""
+
+    model: Tuned
+    way: str
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """The way, and what the model tells."""
+        reason = "named in the recipe, and a registered model to go on from"
+        return {"adaptation": self.way, "reason": reason} | self.model.said
+
+    @property
+    def chosen(self) -> str:
+        """The way."""
+        return self.way
+
+    def probabilities(self, rows: Rows) -> Floats:
+        """float64 [rows, classes]."""
+        return self.model.probabilities(rows)
+
+    def publish(self, folder: Path, rows: Rows) -> Floats:
+        """Write what the model writes."""
+        return self.model.publish(folder, rows)
 
 
 @dataclass(frozen=True)
@@ -684,6 +725,29 @@ def taught(  # noqa: PLR0917  # as ``fit``, and the teacher
     return replace(model, head=again.head, taught=again)
 
 
+def freed(recipe: Recipe, layout: Layout, examples: Examples, *, key: str | None = None) -> Freed:
+    """The registered model in ``weights/R``, tuned to the unlabelled rows of train and val.
+
+    Raises:
+        HeadstartError: as for ``train``.
+    """
+    inherited = source_free.Inherited.read(layout.weights)
+    inherited.check(recipe.features, recipe.validate_.classes)
+    there = examples.unlabelled("train", "val")
+    if not len(there):
+        raise HeadstartError("the target domain has no rows to adapt to", do="add rows of the target domain")
+    _finite(examples, there)
+    called = inherited.head.probabilities(examples.features[there])
+    guessed = examples.named(there, called)
+    shares = inherited.shares if recipe.train.source_free == "hypothesis_transfer" else None
+    unweighed = recipe.training(class_weight=None)  # nobody knows how rare a class is
+    tuning = _tuning(unweighed, layout, guessed, there, there[:0], inherited.head, key=key, shares=shares)
+    tuning.run()
+    nothing = np.empty((0, len(examples.classes)))
+    tuned = Tuned(recipe, examples, tuning, None, _clock(layout, key), nothing)
+    return Freed(tuned, str(recipe.train.source_free))
+
+
 def begin(
     recipe: Recipe, layout: Layout, examples: Examples, train: Rows, val: Rows, *, key: str | None = None
 ) -> tuple[Tuning, Frozen | None]:
@@ -695,6 +759,26 @@ def begin(
     Raises:
         HeadstartError: as for ``train``.
     """
+    frozen = None
+    if recipe.train.head_first:
+        frozen = frozen_of(recipe, examples, train, val)
+    else:
+        _checked(examples, train, val)
+    return _tuning(recipe, layout, examples, train, val, frozen.head if frozen else None, key=key), frozen
+
+
+def _tuning(  # noqa: PLR0917  # as ``begin``, and the head
+    recipe: Recipe,
+    layout: Layout,
+    examples: Examples,
+    train: Rows,
+    val: Rows,
+    head: Head | None,
+    *,
+    key: str | None = None,
+    shares: Floats | None = None,
+) -> Tuning:
+    """A fine-tuning that has not run yet, from this head or else a random one."""
     import torch
 
     from headstart import packs
@@ -702,12 +786,6 @@ def begin(
     from headstart.classifiers import Classifier
     from headstart.finetuning import Labels, Tuning
 
-    frozen = None
-    if recipe.train.head_first:
-        frozen = frozen_of(recipe, examples, train, val)
-    else:
-        _checked(examples, train, val)
-    head = frozen.head if frozen else None
     torch.manual_seed(recipe.train.seed)  # a random head is one that comes again
     classifier = Classifier(layout.weights, recipe.features, recipe.train, len(examples.classes), head)
     targets, weights = labels(examples, recipe.train, train)
@@ -717,7 +795,7 @@ def begin(
             # The run at hand, what it goes on from, and what went on from it before a kill.
             if not (key.startswith(other.name) or other.name.startswith(key)):
                 shutil.rmtree(other, ignore_errors=True)
-    tuning = Tuning(
+    return Tuning(
         classifier,
         packs.load(layout, recipe.modality, classifier.padding),
         Labels(
@@ -730,10 +808,15 @@ def begin(
         train,
         val,
         target=examples.unlabelled("train", "val") if recipe.train.alignment else None,
+        shares=shares,
         checkpoints=Checkpoints(work / key) if key is not None else None,
         work=work,
     )
-    return tuning, frozen
+
+
+def _clock(layout: Layout, key: str | None) -> Path | None:
+    """Where the seconds of a training's epochs are kept."""
+    return layout.work / "train" / f"{key}.csv" if key is not None else None
 
 
 def load(recipe: Recipe, layout: Layout) -> Examples:
@@ -764,6 +847,8 @@ def load(recipe: Recipe, layout: Layout) -> Examples:
             do=again,
         )
     classes = recipe.validate_.classes or sorted(set(manifest["label"]) - {HIDDEN})
+    if recipe.train.source_free:
+        classes = source_free.Inherited.read(layout.weights).classes
     truth = pd.Index(classes).get_indexer(pd.Index(manifest["label"])).astype(np.int64)
     if unknown := sorted(set(manifest["label"][truth < 0]) - {HIDDEN}):
         raise HeadstartError(
