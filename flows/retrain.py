@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
@@ -23,20 +24,20 @@ from prefect.states import Completed
 
 from flows.logs import in_words
 from headstart import environment
-from headstart.evaluation import headline
 from headstart.layout import Layout
 from headstart.recipe import load
-from headstart.registry import Registered
-from headstart.trials import Decided
 from tasks import versioning
 from tasks.ingest import ingest
-from tasks.monitor import monitor
 from tasks.promote import promote
 from tasks.receive import receive
 from tasks.recovery import recoverable
 from tasks.register import register
 from tasks.report import report
 from tasks.stage import StageTask
+
+if TYPE_CHECKING:
+    from headstart.registry import Registered
+    from headstart.trials import Decided
 
 ASKED = "asked for"  # the reason of a run that somebody started
 
@@ -126,6 +127,8 @@ def _retrain(root: Path, recipe: str, reason: str, force: bool) -> State[Outcome
         step.outcome = "ran" if received.accepted else "rejected" if received.rejected else "fresh"
     if received.accepted:
         with timed(steps, "monitor") as step:
+            from tasks.monitor import monitor  # with all of scipy, which most runs can do without
+
             drift = monitor(chosen, layout)
             step.outcome = "ran" if drift else "fresh"
         if drift and drift.alarm:
@@ -148,6 +151,8 @@ def _retrain(root: Path, recipe: str, reason: str, force: bool) -> State[Outcome
         if not page.exists() or any(step.outcome != "fresh" for step in steps):
             report(chosen, layout, decided)
             step.outcome = "ran"
+
+    from headstart.evaluation import headline
 
     metrics = json.loads((layout.evidence / "metrics.json").read_text(encoding="utf-8"))
     done = {step.name: step.outcome for step in steps}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import logging
 import os
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,6 +46,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped; the same command continues where it can", file=sys.stderr)
         sys.exit(130)
+    finally:
+        # At its end Python would walk through all that is alive: more than a second with Prefect loaded.
+        gc.freeze()
 
 
 def _print_version(wanted: bool) -> None:
@@ -105,12 +108,15 @@ def run(
     opened = [_opened(path) for path in [path.resolve() for path in recipes]]
     if len({layout.root for _, layout in opened}) > 1:
         raise HeadstartError("the recipes belong to different projects", do="run each project on its own")
+    from headstart import temporary
+
+    server = None if temporary.configured(Path.cwd()) else temporary.Server()
     from flows.retrain import retrain
 
-    # A Prefect server of the run's own takes 3 s to start; once it does, what registering needs is imported.
-    meanwhile = threading.Timer(1, importlib.import_module, ["mlflow.store.tracking.sqlalchemy_store"])
-    meanwhile.daemon = True
-    meanwhile.start()
+    if server:
+        for needed in ("dvc.repo.reproduce", "mlflow.store.tracking.sqlalchemy_store"):
+            importlib.import_module(needed)  # while the server does the same
+        server.wait()
     outcomes = [retrain(recipe=chosen.name, force=force) for chosen, _ in opened]
     logging.getLogger("prefect").setLevel("WARNING")  # the outcome is the last line, not a server's farewell
     for outcome in outcomes:

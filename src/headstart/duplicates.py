@@ -12,8 +12,6 @@ from itertools import chain
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
-from scipy.sparse.csgraph import connected_components
 
 from headstart import progress
 
@@ -79,6 +77,8 @@ def near_texts(texts: list[str]) -> Pairs:
     Args:
         texts: as ``normalised`` leaves them; of equal ones, the first stands for all.
     """
+    from scipy import sparse  # a fifth of a second, which a run with nothing to do can save
+
     codes, names = pd.factorize(pd.Series(texts, dtype=object), sort=True)
     row = np.unique(codes, return_index=True)[1]
     owner, shingle = _shingles(list(names))
@@ -174,6 +174,9 @@ def _standard(thumbnails: np.ndarray) -> np.ndarray:
 
 def merge(groups: pd.Series, pairs: Pairs) -> pd.Series:
     """Groups joined wherever a pair ties them, each named after its alphabetically first member."""
+    from scipy import sparse
+    from scipy.sparse.csgraph import connected_components
+
     code, names = pd.factorize(groups, sort=True)
     edges = sparse.coo_matrix(
         (np.ones(len(pairs)), (code[pairs[:, 0]], code[pairs[:, 1]])), shape=(len(names), len(names))

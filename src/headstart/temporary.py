@@ -1,0 +1,109 @@
+"""Temporary: a Prefect server of one command's own, where none is configured.
+
+Prefect would start one too, but only once a flow begins, and after it has imported in the command itself all
+that the server imports: 7 s one after the other. Here it starts at once, and the command imports what it
+needs meanwhile. It ends with the command, however that ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from headstart import processes
+from headstart.errors import HeadstartError
+
+PATIENCE = 120.0  # seconds to answer in
+GRACE = 5.0  # seconds to end in
+TICK = 0.05
+# As Prefect starts it, and without what looks after schedules, workers and other people's runs.
+SETTINGS = {
+    "PREFECT_UI_ENABLED": "0",
+    "PREFECT__SERVER_EPHEMERAL": "1",
+    "PREFECT__SERVER_FINAL": "1",
+    **{
+        f"PREFECT_SERVER_SERVICES_{service}_ENABLED": "0"
+        for service in (
+            "CANCELLATION_CLEANUP",
+            "FOREMAN",
+            "LATE_RUNS",
+            "PAUSE_EXPIRATIONS",
+            "REPOSSESSOR",
+            "SCHEDULER",
+            "TRIGGERS",
+        )
+    },
+}
+
+
+def configured(folder: Path) -> bool:
+    """Whether anything may say which server, or what kind, Prefect should use: then that is left to it."""
+    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect").expanduser()
+    pages = [folder / "prefect.toml", folder / ".env"]
+    project = folder / "pyproject.toml"
+    return (
+        any(os.environ.get(name) for name in ("PREFECT_API_URL", "PREFECT_PROFILE"))
+        or (home / "profiles.toml").exists()
+        or any(page.exists() for page in pages)
+        or (project.exists() and "[tool.prefect" in project.read_text(encoding="utf-8"))
+    )
+
+
+class Server:
+    """A server that is starting; from now on this process's Prefect knows it.
+
+    To be made before Prefect is imported, which reads its settings once.
+    """
+
+    def __init__(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        self.api = f"http://127.0.0.1:{port}/api"
+        command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+        options = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error", "--lifespan", "on"]
+        self.process = subprocess.Popen(
+            [*command, *options],
+            env=SETTINGS | os.environ,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C reaches the command, whose last words it still has to hear
+            preexec_fn=processes.die_with_parent,  # noqa: PLW1509  # calls nothing but the kernel
+        )
+        os.environ["PREFECT_API_URL"] = self.api
+        atexit.register(self.stop)  # by then Prefect's own threads have told it everything
+
+    def wait(self) -> None:
+        """Return when it answers.
+
+        Raises:
+            HeadstartError: it ended, or does not answer.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.api}/health", timeout=5):  # noqa: S310
+                return
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                ended = (
+                    f"ended with {self.process.returncode}" if self.process.returncode else "does not answer"
+                )
+                raise HeadstartError(
+                    f"the Prefect server for this command {ended}",
+                    where=self.api,
+                    do="see what it said above, or name a running server: PREFECT_API_URL",
+                )
+            time.sleep(TICK)
+
+    def stop(self) -> None:
+        """End it."""
+        self.process.terminate()
+        try:
+            self.process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()

@@ -1,0 +1,79 @@
+"""A command without a Prefect server has one of its own, which is gone when the command is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from headstart import temporary
+
+STARTED = """
+from headstart import temporary
+server = temporary.Server()
+server.wait()
+print(server.process.pid, server.api, flush=True)
+input()
+"""
+
+
+@pytest.fixture(autouse=True)
+def nothing_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("PREFECT_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("prefect.toml", "[api]"),
+        (".env", "PREFECT_API_URL=http://prefect.example.com/api"),
+        ("pyproject.toml", '[tool.prefect.api]\nurl = "http://prefect.example.com/api"'),
+        ("prefect/profiles.toml", 'active = "cloud"'),
+    ],
+)
+def test_whoever_configures_prefect_is_left_to_it(tmp_path: Path, file: str, content: str) -> None:
+    assert not temporary.configured(tmp_path)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(content)
+    assert temporary.configured(tmp_path)
+
+
+def test_a_server_that_is_named_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pyproject.toml").write_text("[tool.ruff]")
+    assert not temporary.configured(tmp_path)
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+    assert temporary.configured(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["by itself", "killed"])
+def test_the_server_answers_and_ends_with_its_command(ending: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as command:
+        assert command.stdin
+        assert command.stdout
+        number, api = command.stdout.readline().split()
+        server = psutil.Process(int(number))
+        with urllib.request.urlopen(f"{api}/health", timeout=5) as answer:
+            assert answer.status == 200
+        if ending == "killed":
+            command.send_signal(signal.SIGKILL)
+        else:
+            command.stdin.write("\n")
+            command.stdin.close()
+        command.wait()
+    deadline = time.monotonic() + 60
+    while server.is_running() and server.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
