@@ -83,6 +83,20 @@ def test_without_any_shift_no_method_does_harm(method: str) -> None:
 SHIFT, SCALE = np.array([9.0, -4.0, 0.5, 30.0]), np.array([3.0, 0.25, 1.0, 7.0])
 
 
+def test_a_head_that_is_lost_without_its_source_sees_rows_by_their_own_moments(one_thread: None) -> None:
+    chance = np.random.default_rng(0)
+    truth = np.arange(400) % 2
+    source = chance.normal(size=(400, 8)) + 2 * truth[:, None]
+    head = fit(source, np.eye(2)[truth], np.ones(400), 0.1)
+    shares = head.probabilities(source).mean(axis=0)
+    for target, moved in ((source + 0.2, False), (3 * source + 20, True)):
+        found, reason = adaptation.found_again(head, target, shares)
+        right = float((found.logits(target).argmax(axis=1) == truth).mean())
+        assert right > 0.95
+        assert (found is not head) == moved
+        assert ("by their own moments" in reason) == moved
+
+
 @pytest.mark.parametrize(
     ("method", "recovers"),
     [(m, m in adaptation.MOVING) for m in METHODS],

@@ -387,6 +387,27 @@ def rarest_named(here: Floats, there: Floats) -> float:
     return float(min(after / before for before, after in zip(here, there, strict=True) if before > 0))
 
 
+def found_again(head: Head, target: Features, shares: Floats) -> tuple[Head, str]:
+    """A head to go on from without the source, and why: where it is lost, it sees rows by their own moments.
+
+    That is ``standardisation`` as far as it goes without a row of the source. A head that still names all
+    classes is left as it is.
+
+    Args:
+        head: takes rows of the source.
+        target: [m, d].
+        shares: of each class [k], the mean of what the head says of rows like those it learned from.
+    """
+    kept = rarest_named(shares, head.probabilities(target).mean(axis=0))
+    how = f"the head expects a class {kept:.2f} times as often as where it comes from"
+    if kept >= LOST:
+        return head, f"{how}: at least {LOST}, so it starts as it is"
+    mean, scale = _moments(target, np.full(len(target), 1 / len(target)))
+    return replace(
+        head, mean=mean, scale=scale
+    ), f"{how}: less than {LOST}, so it starts by their own moments"
+
+
 def _named(head: Head, x: Features) -> Floats:
     """The share of rows [k] that a head names each class."""
     return np.bincount(head.logits(x).argmax(axis=1), minlength=len(head.bias)) / len(x)

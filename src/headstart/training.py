@@ -423,11 +423,12 @@ class Freed:
 
     model: Tuned
     way: str
+    reason: str
 
     @property
     def said(self) -> dict[str, Any]:
-        """The way, and what the model tells."""
-        reason = "named in the recipe, and a registered model to go on from"
+        """The way, where it began, and what the model tells."""
+        reason = f"named in the recipe; {self.reason}"
         return {"adaptation": self.way, "reason": reason} | self.model.said
 
     @property
@@ -731,21 +732,23 @@ def freed(recipe: Recipe, layout: Layout, examples: Examples, *, key: str | None
     Raises:
         HeadstartError: as for ``train``.
     """
+    from headstart import adaptation
+
     inherited = source_free.Inherited.read(layout.weights)
     inherited.check(recipe.features, recipe.validate_.classes)
     there = examples.unlabelled("train", "val")
     if not len(there):
         raise HeadstartError("the target domain has no rows to adapt to", do="add rows of the target domain")
     _finite(examples, there)
-    called = inherited.head.probabilities(examples.features[there])
-    guessed = examples.named(there, called)
+    head, reason = adaptation.found_again(inherited.head, examples.features[there], inherited.shares)
+    guessed = examples.named(there, head.probabilities(examples.features[there]))
     shares = inherited.shares if recipe.train.source_free == "hypothesis_transfer" else None
     unweighed = recipe.training(class_weight=None)  # nobody knows how rare a class is
-    tuning = _tuning(unweighed, layout, guessed, there, there[:0], inherited.head, key=key, shares=shares)
+    tuning = _tuning(unweighed, layout, guessed, there, there[:0], head, key=key, shares=shares)
     tuning.run()
     nothing = np.empty((0, len(examples.classes)))
     tuned = Tuned(recipe, examples, tuning, None, _clock(layout, key), nothing)
-    return Freed(tuned, str(recipe.train.source_free))
+    return Freed(tuned, str(recipe.train.source_free), reason)
 
 
 def begin(
