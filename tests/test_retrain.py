@@ -127,13 +127,13 @@ def answers_of_the_candidate(project: Project, rows: pd.DataFrame, name: str = "
 @pytest.mark.parametrize(
     ("choices", "tolerance"),
     [
-        pytest.param({}, 2e-2, marks=pytest.mark.long),  # bfloat16 has 8 bits
+        ({}, 2e-2),  # bfloat16 has 8 bits
         pytest.param(
             {"tune": True, "alignment": "domain_adversarial", "adaptation": "coral", "epochs": 1},
             1e-5,
             marks=pytest.mark.long,
         ),
-        ({"tune": True, "teach": True, "epochs": 1}, 1e-5),
+        pytest.param({"tune": True, "teach": True, "epochs": 1}, 1e-5, marks=pytest.mark.long),
     ],
 )
 def test_a_domain_without_labels_is_adapted_to_registered_and_served(
