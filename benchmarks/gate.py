@@ -61,6 +61,7 @@ def main() -> None:
         layout, built = Layout(Path(folder), NAME), Layout(ROOT, NAME)
         environment.prepare(layout.root)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{layout.root / 'mlflow.db'}"
+        shutil.copytree(ROOT / "recipes", layout.root / "recipes")
         for part in ("manifest", "truth", "features", "weights"):
             shutil.copytree(getattr(built, part), getattr(layout, part))
         for case, (how, spoiled) in cases.items():
