@@ -105,7 +105,7 @@ class Tuning:
         train: rows to learn from.
         val: rows that choose the epoch.
         target: rows without labels that ``alignment`` sees.
-        shares: of each class, float64 [classes], in which a source-free training expects to name rows.
+        shares: of each class, float64 [classes], that ``hypothesis_transfer`` expects rows to be named in.
         checkpoints: where the run is kept; without, a killed run starts anew.
         work: where the ids of a batch go that cannot be learned from.
     """
@@ -149,7 +149,7 @@ class Tuning:
         self.step, self.elapsed, self.pause = 0, 0.0, SECONDS_BETWEEN
         self.activations: Activations | None = None
         self.target_order: tuple[int, list[Rows]] = (-1, [])
-        self.shares = None if shares is None else torch.from_numpy(shares).to(self.device)
+        self.shares = None if shares is None else torch.from_numpy(shares).float().to(self.device)
         if (choices.alignment or choices.source_free) and self.accelerator.num_processes > 1:
             raise HeadstartError(
                 "alignment compares the rows of a batch within one process",
