@@ -33,7 +33,7 @@ def shown(project: Path, *command: str) -> str:
     """Run a command in the project, print what it prints, and return it."""
     print(f"\n$ {' '.join(command)}", flush=True)
     said = []
-    quiet = os.environ | {"HEADSTART_QUIET": "1"}
+    quiet = os.environ | {"HEADSTART_QUIET": "1", "MLFLOW_TRACKING_URI": store(project)}
     with subprocess.Popen(command, cwd=project, env=quiet, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -42,6 +42,11 @@ def shown(project: Path, *command: str) -> str:
     if process.returncode:
         sys.exit(process.returncode)
     return "".join(said)
+
+
+def store(project: Path) -> str:
+    """The project's own registry, whatever else is configured."""
+    return f"sqlite:///{project / 'mlflow.db'}"
 
 
 def fresh(folder: Path) -> Path:
@@ -119,10 +124,13 @@ def texts(project: Path) -> None:
     )
 
 
-def main() -> None:
-    """Close the loop twice, and write what was found before and after."""
-    figures: dict[str, Any] = {}
+def main(parts: list[str]) -> None:
+    """Close these loops, or both, and write what was found, beside what is known of the other."""
+    path = RESULTS / "closed_loop.json"
+    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, prepare in {"cells": cells, "texts": texts}.items():
+        if parts and name not in parts:
+            continue
         with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
             project = fresh(Path(folder) / "project")
             prepare(project)
@@ -140,17 +148,17 @@ def main() -> None:
             tags = json.loads(verdict(project, name))
             figures |= {f"{name}, {key}": value for key, value in tags["figures"].items()}
             figures[f"{name}, promoted"] = tags["promoted"]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "closed_loop.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        RESULTS.mkdir(exist_ok=True)
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def verdict(project: Path, name: str) -> str:
     """What the gate said of the latest version."""
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{project / 'mlflow.db'}"
+    os.environ["MLFLOW_TRACKING_URI"] = store(project)
     from headstart import promotion
 
     return str(promotion.known(promotion.opened(), name)[0].tags[promotion.VERDICT])
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
