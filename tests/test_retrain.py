@@ -127,7 +127,7 @@ def answers_of_the_candidate(project: Project, rows: pd.DataFrame, name: str = "
 @pytest.mark.parametrize(
     ("choices", "tolerance"),
     [
-        ({}, 2e-2),  # bfloat16 has 8 bits
+        pytest.param({}, 2e-2, marks=pytest.mark.long),  # bfloat16 has 8 bits
         pytest.param(
             {"tune": True, "alignment": "domain_adversarial", "adaptation": "coral", "epochs": 1},
             1e-5,
