@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import FlowRun
 
+GRACE = 10.0  # seconds in which a run without its worker may end what it has started
 TRIES = 3  # a run that ends its process each time is not tried for ever
 
 
@@ -30,6 +31,7 @@ def recoverable(root: Path) -> Iterator[None]:
 
     if deployment.id:  # without its worker nobody could cancel it, and it would meet its own second try
         processes.die_with_parent()
+        processes.end_after_parent(GRACE)
     log = get_run_logger()
     try:
         recover(root, log.warning)

@@ -11,6 +11,8 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 
 import psutil
 
@@ -18,13 +20,29 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
-def die_with_parent() -> None:
-    """Ask for SIGTERM when this process's parent is gone, however that came about.
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """Ask for a signal when this process's parent is gone, however that came about.
 
     Safe between fork and exec: it calls nothing but the kernel.
     """
     if _LIBC is not None:
-        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        _LIBC.prctl(PR_SET_PDEATHSIG, number)
+
+
+def end_after_parent(grace: float) -> None:
+    """End this process so many seconds after its parent is gone, whatever it is doing then.
+
+    The signal above asks it to end in its own way, and with that it may wait for a server that is gone too.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        time.sleep(grace)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def adopt_orphans() -> None:

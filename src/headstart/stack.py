@@ -21,6 +21,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -195,6 +196,9 @@ class Stack:
 
     def popen(self, name: str, command: list[str]) -> subprocess.Popen[str]:
         """Start a process that ends with this one."""
+        # Servers end what they have started. A worker would wait for a server that is gone; its runs, which
+        # look after themselves, need none of it.
+        end = signal.SIGKILL if name == self.worker.name else signal.SIGTERM
         process = subprocess.Popen(
             command,
             cwd=self.root,
@@ -205,7 +209,7 @@ class Stack:
             text=True,
             errors="replace",
             start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others in their order
-            preexec_fn=processes.die_with_parent,  # noqa: PLW1509  # calls nothing but the kernel
+            preexec_fn=partial(processes.die_with_parent, end),  # noqa: PLW1509  # calls nothing but the kernel
         )
         threading.Thread(target=self.listen, args=(name, process), daemon=True).start()
         return process
