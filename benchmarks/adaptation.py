@@ -45,6 +45,13 @@ def some(rows: training.Rows, seed: int, most: int = MOST) -> training.Rows:
     return np.sort(np.random.default_rng(seed).permutation(rows)[:most])
 
 
+def learned_from(examples: training.Examples, domain: str, seed: int) -> tuple[training.Rows, training.Rows]:
+    """Rows of a domain to learn from, and others to choose by, groups whole."""
+    own = np.flatnonzero(examples.manifest["domain"] == domain)
+    fold = splits.folds(examples.manifest.iloc[own], 5, seed)
+    return some(own[fold > 0], seed), own[fold == 0]
+
+
 def measure(name: str, peers: Path | None) -> pd.DataFrame:
     """A line per pair of domains, seed and method, scored on all rows of the target."""
     chosen, layout = recipe.load(ROOT / "recipes" / f"{name}.yaml"), Layout(ROOT, name)
@@ -54,9 +61,7 @@ def measure(name: str, peers: Path | None) -> pd.DataFrame:
     for seed in range(FIRST_SEED, FIRST_SEED + SEEDS):
         adapting = chosen.training(method="domain_adaptation", tune=True, seed=seed)
         for source_name in sorted(set(domains)):
-            own = np.flatnonzero(domains == source_name)
-            fold = splits.folds(table.iloc[own], 5, seed)
-            train, val = some(own[fold > 0], seed), own[fold == 0]
+            train, val = learned_from(examples, source_name, seed)
             source = training.source_of(adapting, layout, examples, train, val)
             assert source
             features = source.examples.features

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from adaptation import learned_from, some  # the script beside this one
 
 from headstart import environment, recipe, splits, training
 from headstart.layout import REGISTERED, Layout
@@ -24,14 +24,9 @@ from headstart.metrics import scores
 
 ROOT = environment.project_root(Path(__file__).parent)
 RESULTS = Path(__file__).parent / "results"
-FIRST_SEED, SEEDS, MOST = 500, 3, 2000
+FIRST_SEED, SEEDS = 500, 3
 PAIRS = {"solar-cells-tuned": ("mono", "poly"), "sentiment-tuned": ("movies", "tweets")}
 WAYS = ("hypothesis_transfer", "entropy")
-
-
-def some(rows: training.Rows, seed: int) -> training.Rows:
-    """At most so many of the rows."""
-    return np.sort(np.random.default_rng(seed).permutation(rows)[:MOST])
 
 
 def registered(source: training.Tuned, root: Path, layout: Layout, options: recipe.Features) -> Layout:
@@ -51,7 +46,7 @@ def registered(source: training.Tuned, root: Path, layout: Layout, options: reci
     return made
 
 
-def measure(name: str, choices: dict[str, object]) -> pd.DataFrame:
+def measure(name: str) -> pd.DataFrame:
     """A line per direction, seed and way: balanced accuracy and AUROC on the target's other half."""
     chosen, layout = recipe.load(ROOT / "recipes" / f"{name}.yaml"), Layout(ROOT, name)
     examples = training.load(chosen, layout)
@@ -60,24 +55,24 @@ def measure(name: str, choices: dict[str, object]) -> pd.DataFrame:
     for seed in range(FIRST_SEED, FIRST_SEED + SEEDS):
         adapting = chosen.training(method="domain_adaptation", tune=True, seed=seed)
         for here, target in (PAIRS[name], PAIRS[name][::-1]):
-            own, there = np.flatnonzero(domains == here), np.flatnonzero(domains == target)
-            fold = splits.folds(table.iloc[own], 5, seed)
-            train, val = some(own[fold > 0], seed), own[fold == 0]
+            there = np.flatnonzero(domains == target)
+            train, val = learned_from(examples, here, seed)
             source = training.source_of(adapting, layout, examples, train, val)
             assert isinstance(source, training.Tuned)
             half = splits.folds(table.iloc[there].assign(label=""), 2, seed)
             seen, test = some(there[half == 0], seed), there[half == 1]
-            blind = source.examples.blind(there, np.setdiff1d(there, seen))
+            unseen = np.setdiff1d(there, seen)
+            blind = source.examples.blind(there, unseen)
             with_source = training.adapted(adapting.train, replace(source, examples=blind), train, val)
             said = {
                 "as it is": source.head.probabilities(source.examples.features[test]),
-                f"with the source: {with_source.method}": with_source.probabilities(test),
+                "with the source": with_source.probabilities(test),
             }
             with tempfile.TemporaryDirectory() as folder:
                 made = registered(source, Path(folder), layout, chosen.features)
                 for way in WAYS:
-                    going = chosen.training(method="domain_adaptation", source_free=way, seed=seed, **choices)
-                    model = training.freed(going, made, examples.blind(there, np.setdiff1d(there, seen)))
+                    going = chosen.training(method="domain_adaptation", source_free=way, seed=seed)
+                    model = training.freed(going, made, examples.blind(there, unseen))
                     said[way] = model.probabilities(test)
             for way, probabilities in said.items():
                 found = scores(examples.truth[test], probabilities)
@@ -85,11 +80,23 @@ def measure(name: str, choices: dict[str, object]) -> pd.DataFrame:
                     {"recipe": name, "seed": seed, "source": here, "target": target, "way": way}
                     | {metric: found[metric] for metric in ("balanced_accuracy", "auroc")}
                 )
-                print(lines[-1], file=sys.stderr, flush=True)
+                print(lines[-1], flush=True)
     return pd.DataFrame(lines)
 
 
+def main() -> None:
+    """Print the means over the seeds, and write them."""
+    found = pd.concat([measure(name) for name in PAIRS])
+    means = found.groupby(["source", "target", "way"])[["balanced_accuracy", "auroc"]].mean()
+    print(means.to_string(float_format="{:.3f}".format))
+    figures = {
+        f"{here} to {target}, {way}, {metric}": round(float(value), 4)
+        for (here, target, way), line in means.iterrows()
+        for metric, value in line.items()
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "source_free.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
-    name, *given = sys.argv[1:]
-    SEEDS = 1
-    print(measure(name, json.loads(given[0]) if given else {}).to_string())
+    main()

@@ -373,9 +373,7 @@ def export(
         from headstart import onnx as form
 
         examples: list[Item] = []
-        with contextlib.suppress(
-            HeadstartError
-        ):  # outside of its project a model is compared on made-up rows
+        with contextlib.suppress(HeadstartError):  # outside of its project, made-up rows are compared
             examples = form.examples(*_recipe_of(name))
         made = form.export(loaded, (output or Path(f"{name}.onnx")).resolve(), examples)
     else:

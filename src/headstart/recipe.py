@@ -403,13 +403,8 @@ class Recipe(Block):
                 "validate.source_domains, validate.target_labels: `train: source_free` learns from no label"
             )
         if self.train.trains_backbone and not self.features.packed:
-            wants = (
-                "tune: true"
-                if self.train.tune
-                else "source_free"
-                if self.train.source_free
-                else "method: fine_tune"
-            )
+            chosen = {"tune: true": self.train.tune, "source_free": self.train.source_free}
+            wants = next((key for key, value in chosen.items() if value), "method: fine_tune")
             raise ValueError(f"features.packed: `train: {wants}` needs `features: packed: true`")
         if self.train.lora and self.modality == "image":
             raise ValueError("train.lora: needs a backbone of `transformers`")

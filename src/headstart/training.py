@@ -156,7 +156,7 @@ def _rule(choices: Train, examples: Examples, held_out: Rows, probabilities: Flo
 
     Of a model made for a target domain they can choose none: they are of other domains.
     """
-    val = (examples.manifest["split"].to_numpy()[held_out] == "val") & (examples.truth[held_out] >= 0)
+    val = _labelled_val(examples, held_out)
     if choices.method == "domain_adaptation":
         val[:] = False
     return decision(examples.truth[held_out[val]], probabilities[val], examples.classes, choices.decide)
@@ -167,10 +167,16 @@ def _shares(examples: Examples, held_out: Rows, probabilities: Floats) -> dict[s
 
     Where classes are weighed, or confused, they are not those of the labels.
     """
-    val = (examples.manifest["split"].to_numpy()[held_out] == "val") & (examples.truth[held_out] >= 0)
-    return (
-        {"shares": [round(float(share), 4) for share in probabilities[val].mean(axis=0)]} if val.any() else {}
-    )
+    val = _labelled_val(examples, held_out)
+    if not val.any():
+        return {}
+    return {"shares": [round(float(share), 4) for share in probabilities[val].mean(axis=0)]}
+
+
+def _labelled_val(examples: Examples, held_out: Rows) -> NDArray[np.bool_]:
+    """Which of these rows are validation rows with a label."""
+    mask: NDArray[np.bool_] = np.isin(held_out, examples.rows("val"))
+    return mask
 
 
 def _unadapted(recipe: Recipe) -> dict[str, Any]:
@@ -739,9 +745,9 @@ def freed(recipe: Recipe, layout: Layout, examples: Examples, *, key: str | None
     there = examples.unlabelled("train", "val")
     if not len(there):
         raise HeadstartError("the target domain has no rows to adapt to", do="add rows of the target domain")
-    _finite(examples, there)
-    head, reason = adaptation.found_again(inherited.head, examples.features[there], inherited.shares)
-    guessed = examples.named(there, head.probabilities(examples.features[there]))
+    target = _finite(examples, there)
+    head, reason = adaptation.found_again(inherited.head, target, inherited.shares)
+    guessed = examples.named(there, head.probabilities(target))
     shares = inherited.shares if recipe.train.source_free == "hypothesis_transfer" else None
     unweighed = recipe.training(class_weight=None)  # nobody knows how rare a class is
     tuning = _tuning(unweighed, layout, guessed, there, there[:0], head, key=key, shares=shares)
