@@ -27,6 +27,7 @@ with get_client(sync_client=True) as client:
 """
 
 
+@pytest.mark.long
 def test_the_flow_writes_the_commands_file_counts_it_and_leaves_nothing_half_written(
     project: Project, tmp_path: object
 ) -> None:

@@ -46,7 +46,7 @@ def test_what_is_set_wins_but_the_parts_find_each_other(tmp_path: Path) -> None:
     assert plain["MLFLOW_DEFAULT_ARTIFACT_ROOT"] == f"file://{tmp_path}/mlartifacts"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_schedule_trains_once_then_finds_nothing_to_do_and_the_stack_ends_without_a_trace(
     own: Project, tmp_path: Path
 ) -> None:

@@ -80,6 +80,7 @@ def test_a_model_that_learned_nothing_is_registered_and_does_not_become_champion
     assert "champion" not in aliases(project)
 
 
+@pytest.mark.long
 def test_a_better_model_is_promoted_an_equal_and_a_worse_one_are_refused_with_reasons_and_rollback_undoes(
     project: Project,
 ) -> None:
