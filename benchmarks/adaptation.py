@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from headstart import adaptation, environment, recipe, splits, training
+from headstart import adaptation, domains, environment, fitting, recipe, splits
+from headstart.examples import Examples, Rows, labels, load
 from headstart.layout import Layout
 from headstart.metrics import scores
 
@@ -40,12 +41,12 @@ DRAWS = 20  # without any shift
 SHARES = (0.1, 0.9)  # of the second class, in a target drawn from a half and half domain
 
 
-def some(rows: training.Rows, seed: int, most: int = MOST) -> training.Rows:
+def some(rows: Rows, seed: int, most: int = MOST) -> Rows:
     """At most so many of the rows."""
     return np.sort(np.random.default_rng(seed).permutation(rows)[:most])
 
 
-def learned_from(examples: training.Examples, domain: str, seed: int) -> tuple[training.Rows, training.Rows]:
+def learned_from(examples: Examples, domain: str, seed: int) -> tuple[Rows, Rows]:
     """Rows of a domain to learn from, and others to choose by, groups whole."""
     own = np.flatnonzero(examples.manifest["domain"] == domain)
     fold = splits.folds(examples.manifest.iloc[own], 5, seed)
@@ -55,20 +56,20 @@ def learned_from(examples: training.Examples, domain: str, seed: int) -> tuple[t
 def measure(name: str, peers: Path | None) -> pd.DataFrame:
     """A line per pair of domains, seed and method, scored on all rows of the target."""
     chosen, layout = recipe.load(ROOT / "recipes" / f"{name}.yaml"), Layout(ROOT, name)
-    examples = training.load(chosen, layout)
-    table, domains = examples.manifest, examples.manifest["domain"].to_numpy()
+    examples = load(chosen, layout)
+    table, of_rows = examples.manifest, examples.manifest["domain"].to_numpy()
     lines = []
     for seed in range(FIRST_SEED, FIRST_SEED + SEEDS):
         adapting = chosen.training(method="domain_adaptation", tune=True, seed=seed)
-        for source_name in sorted(set(domains)):
+        for source_name in sorted(set(of_rows)):
             train, val = learned_from(examples, source_name, seed)
-            source = training.source_of(adapting, layout, examples, train, val)
+            source = fitting.source_of(adapting, layout, examples, train, val)
             assert source
             features = source.examples.features
-            targets, weights = training.labels(examples, chosen.train, train)
+            targets, weights = labels(examples, chosen.train, train)
             labelled = adaptation.Source(features[train], targets[train], weights[train])
-            for target_name in sorted(set(domains) - {source_name}):
-                there = np.flatnonzero(domains == target_name)
+            for target_name in sorted(set(of_rows) - {source_name}):
+                there = np.flatnonzero(of_rows == target_name)
                 fold = splits.folds(table.iloc[there].assign(label=""), FOLDS[name], seed)
                 said: dict[str, np.ndarray] = {}
                 expected, ways = [], []
@@ -82,11 +83,11 @@ def measure(name: str, peers: Path | None) -> pd.DataFrame:
                         for method in adaptation.METHODS
                     }
                     blind = source.examples.blind(there, np.setdiff1d(there, seen))
-                    model = training.adapted(adapting.train, replace(source, examples=blind), train, val)
+                    model = domains.adapted(adapting.train, replace(source, examples=blind), train, val)
                     heads |= {"source_only": source.head, CHOSEN: model.head}
                     if name in TEACH:
                         unseen = examples.blind(there, np.setdiff1d(there, seen))
-                        again = training.taught(adapting, layout, unseen, model, train, val)
+                        again = domains.taught(adapting, layout, unseen, model, train, val)
                         answers = said.setdefault(TAUGHT, np.empty((len(there), len(examples.classes))))
                         answers[fold == held] = again.probabilities(test)
                     expected.append(model.expected)
@@ -172,7 +173,7 @@ def compared(folder: Path, name: str) -> dict[str, float]:
 def controls(name: str = "sentiment", domain: str = "movies") -> dict[str, float]:
     """A target without a shift, and one in which only the shares of the classes differ."""
     chosen, layout = recipe.load(ROOT / "recipes" / f"{name}.yaml"), Layout(ROOT, name)
-    examples = training.load(chosen, layout)
+    examples = load(chosen, layout)
     own = np.flatnonzero(examples.manifest["domain"] == domain)
     adapting = chosen.training(method="domain_adaptation").train
 
@@ -191,8 +192,8 @@ def controls(name: str = "sentiment", domain: str = "movies") -> dict[str, float
                 )
             )
         test = there[splits.folds(examples.manifest.iloc[there].assign(label=""), 2, seed) == 0]
-        source = training.frozen_of(chosen, examples, train, val)
-        model = training.adapted(adapting, replace(source, examples=examples.blind(there, test)), train, val)
+        source = fitting.frozen_of(chosen, examples, train, val)
+        model = domains.adapted(adapting, replace(source, examples=examples.blind(there, test)), train, val)
         before, after = (
             scores(examples.truth[test], head.probabilities(examples.features[test]))["accuracy"]
             for head in (source.head, model.head)

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from headstart import backbones, environment, recipe, training
+from headstart.examples import Examples, Rows, load
 from headstart.layout import Layout
 from headstart.metrics import scores
 
@@ -37,7 +38,7 @@ SCRATCH = {
 }
 
 
-def drawn(examples: training.Examples, split: str, per_class: int, seed: int) -> training.Rows:
+def drawn(examples: Examples, split: str, per_class: int, seed: int) -> Rows:
     """So many rows of each class, more of them being a superset of fewer."""
     chance = np.random.default_rng([seed, len(split)])
     rows = chance.permutation(examples.rows(split))
@@ -62,7 +63,7 @@ def random_weights(layout: Layout, folder: Path) -> Path:
 def main(name: str) -> None:
     """Measure one recipe, and write its lines."""
     chosen, layout = recipe.load(ROOT / "recipes" / f"{name}.yaml"), Layout(ROOT, name)
-    examples = training.load(chosen, layout)
+    examples = load(chosen, layout)
     test = np.sort(np.random.default_rng(0).permutation(examples.rows("test"))[:JUDGED])
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="headstart-") as folder:

@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from headstart import backbones, devices, environment, features, finetuning, packs, training
+from headstart import backbones, devices, environment, examples, features, finetuning, fitting, packs
 from headstart import recipe as recipes
 from headstart.fetching import fetch
 from headstart.layout import Layout
@@ -70,8 +70,8 @@ def ours(chosen: recipes.Recipe, layout: Layout) -> Curve:
     """What `headstart run` does from the manifest on."""
     watch = Stopwatch()
     features.features(chosen, layout)
-    examples = training.load(chosen, layout)
-    tuning, _ = training.begin(chosen, layout, examples, examples.rows("train"), examples.rows("val"))
+    rows = examples.load(chosen, layout)
+    tuning, _ = fitting.begin(chosen, layout, rows, rows.rows("train"), rows.rows("val"))
     judge = tuning._judge
 
     def noted(epoch: int) -> None:
@@ -333,8 +333,8 @@ def steps(chosen: recipes.Recipe, layout: Layout, kind: str, without: str) -> fl
     chosen = slowed(chosen, kind, without)
     if not (layout.features / "features.npy").exists():
         features.features(chosen, layout)
-    examples = training.load(chosen, layout)
-    tuning, _ = training.begin(chosen, layout, examples, examples.rows("train"), examples.rows("val"))
+    known = examples.load(chosen, layout)
+    tuning, _ = fitting.begin(chosen, layout, known, known.rows("train"), known.rows("val"))
     if without == "texts of one length":
         pack: Any = tuning.pack
         type(pack).order = packs.Pixels.order
@@ -344,7 +344,7 @@ def steps(chosen: recipes.Recipe, layout: Layout, kind: str, without: str) -> fl
         network.register_forward_pre_hook(lambda m, given: (given[0].contiguous(),))
     if without == "packed pixels":
         read = features.Extractor(layout.weights, chosen.features, features.Arithmetic()).reader
-        files = read([layout.raw / path for path in examples.manifest["path"]])
+        files = read([layout.raw / path for path in known.manifest["path"]])
         object.__setattr__(tuning, "pack", Decoding(tuning.pack, files))
     if without != "kept activations":
         tuning.keep_activations()

@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 from adaptation import learned_from, some  # the script beside this one
 
-from headstart import environment, recipe, splits, training
+from headstart import domains, environment, fitting, recipe, splits
+from headstart.examples import load
 from headstart.layout import REGISTERED, Layout
 from headstart.metrics import scores
 
@@ -29,7 +30,7 @@ PAIRS = {"solar-cells-tuned": ("mono", "poly"), "sentiment-tuned": ("movies", "t
 WAYS = ("hypothesis_transfer", "entropy")
 
 
-def registered(source: training.Tuned, root: Path, layout: Layout, options: recipe.Features) -> Layout:
+def registered(source: fitting.Tuned, root: Path, layout: Layout, options: recipe.Features) -> Layout:
     """The same data beside a backbone as ``fetch`` takes it from a registered model."""
     made = Layout(root, layout.recipe)
     for shared, own in ((layout.manifest, made.manifest), (layout.features, made.features)):
@@ -49,21 +50,21 @@ def registered(source: training.Tuned, root: Path, layout: Layout, options: reci
 def measure(name: str) -> pd.DataFrame:
     """A line per direction, seed and way: balanced accuracy and AUROC on the target's other half."""
     chosen, layout = recipe.load(ROOT / "recipes" / f"{name}.yaml"), Layout(ROOT, name)
-    examples = training.load(chosen, layout)
-    table, domains = examples.manifest, examples.manifest["domain"].to_numpy()
+    examples = load(chosen, layout)
+    table, of_rows = examples.manifest, examples.manifest["domain"].to_numpy()
     lines = []
     for seed in range(FIRST_SEED, FIRST_SEED + SEEDS):
         adapting = chosen.training(method="domain_adaptation", tune=True, seed=seed)
         for here, target in (PAIRS[name], PAIRS[name][::-1]):
-            there = np.flatnonzero(domains == target)
+            there = np.flatnonzero(of_rows == target)
             train, val = learned_from(examples, here, seed)
-            source = training.source_of(adapting, layout, examples, train, val)
-            assert isinstance(source, training.Tuned)
+            source = fitting.source_of(adapting, layout, examples, train, val)
+            assert isinstance(source, fitting.Tuned)
             half = splits.folds(table.iloc[there].assign(label=""), 2, seed)
             seen, test = some(there[half == 0], seed), there[half == 1]
             unseen = np.setdiff1d(there, seen)
             blind = source.examples.blind(there, unseen)
-            with_source = training.adapted(adapting.train, replace(source, examples=blind), train, val)
+            with_source = domains.adapted(adapting.train, replace(source, examples=blind), train, val)
             said = {
                 "as it is": source.head.probabilities(source.examples.features[test]),
                 "with the source": with_source.probabilities(test),
@@ -72,7 +73,7 @@ def measure(name: str) -> pd.DataFrame:
                 made = registered(source, Path(folder), layout, chosen.features)
                 for way in WAYS:
                     going = chosen.training(method="domain_adaptation", source_free=way, seed=seed)
-                    model = training.freed(going, made, examples.blind(there, unseen))
+                    model = domains.freed(going, made, examples.blind(there, unseen))
                     said[way] = model.probabilities(test)
             for way, probabilities in said.items():
                 found = scores(examples.truth[test], probabilities)

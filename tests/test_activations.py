@@ -12,9 +12,9 @@ import torch
 
 from headstart import activations, packs
 from headstart.classifiers import Classifier
+from headstart.examples import soft_targets
 from headstart.finetuning import ACTIVATIONS, Labels, Tuning
 from headstart.recipe import Features, Train
-from headstart.training import soft_targets
 from tests import examples, tuning
 
 pytestmark = pytest.mark.usefixtures("one_thread")

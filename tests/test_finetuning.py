@@ -108,8 +108,8 @@ def test_the_tutorials_text_loop_is_reproduced_step_by_step(
     from transformers import BertModel
 
     from headstart.classifiers import Classifier
+    from headstart.examples import soft_targets
     from headstart.finetuning import Labels, Tuning
-    from headstart.training import soft_targets
 
     (tmp_path / "recipes").mkdir()
     examples.write_text_project(tmp_path)

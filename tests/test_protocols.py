@@ -10,10 +10,10 @@ import pytest
 
 from headstart import protocols
 from headstart.errors import HeadstartError
+from headstart.examples import load
 from headstart.layout import Layout, sha256_of
 from headstart.metrics import METRICS
 from headstart.protocols import adapt_each_pair, cross_validate, format_pairs, format_table, summarise
-from headstart.training import load
 from tests import cached
 
 QUICK = cached.recipe(train={"l2": [0.1, 1.0]})

@@ -13,9 +13,10 @@ import yaml
 from headstart import adaptation, stamps
 from headstart.errors import HeadstartError
 from headstart.evaluation import evaluate
+from headstart.examples import class_factors, soft_targets
 from headstart.heads import Head
 from headstart.layout import Layout, sha256_of
-from headstart.training import class_factors, soft_targets, train
+from headstart.training import train
 from tests import cached
 
 ROOT = Path(__file__).parents[1]

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from headstart import finetuning, packs
 from headstart.checkpoints import Checkpoints
 from headstart.classifiers import Classifier
+from headstart.examples import soft_targets
 from headstart.finetuning import Labels, Tuning
 from headstart.heads import Head
 from headstart.recipe import Features, Train
-from headstart.training import soft_targets
 
 SIDE, ROWS = 32, 72
 TRAIN, VAL = np.arange(0, 56), np.arange(56, ROWS)

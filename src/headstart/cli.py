@@ -197,14 +197,14 @@ def find_learning_rate(
     steps: Annotated[int, typer.Option(min=10, help="Steps to try, each at a higher rate.")] = 100,
 ) -> None:
     """Try rising learning rates on a recipe that fine-tunes: suggests one, and plots loss over rate."""
-    from headstart import rates, training
+    from headstart import examples, fitting, rates
 
     _log_plainly()
     chosen, layout = _opened(recipe)
     if chosen.train.method != "fine_tune":
         raise HeadstartError("nothing here learns at a rate", where="train.method", do="set it to fine_tune")
-    examples = training.load(chosen, layout)
-    tuning, _ = training.begin(chosen, layout, examples, examples.rows("train"), examples.rows("val"))
+    rows = examples.load(chosen, layout)
+    tuning, _ = fitting.begin(chosen, layout, rows, rows.rows("train"), rows.rows("val"))
     table = rates.sweep(tuning, steps=steps)
     layout.work.mkdir(parents=True, exist_ok=True)
     picture = layout.work / "learning_rate.png"

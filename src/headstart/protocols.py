@@ -13,12 +13,15 @@ import numpy as np
 import pandas as pd
 
 from headstart import splits
+from headstart.domains import adapted
 from headstart.errors import HeadstartError
+from headstart.examples import Examples, Rows, load
+from headstart.fitting import source_of
 from headstart.layout import Layout
 from headstart.metrics import METRICS, scores
 from headstart.progress import bar
 from headstart.recipe import Recipe
-from headstart.training import Examples, Rows, adapted, fit, load, source_of
+from headstart.training import fit
 
 # A quarter of the training folds chooses the penalty: 60/20/20 with five folds, as in a recipe.
 INNER_FOLDS = 4
