@@ -233,6 +233,17 @@ def test_a_recipe_can_cut_texts_sooner(tmp_path: Path) -> None:
     assert one == pytest.approx(two, abs=1e-5)
 
 
+def test_a_broken_encoding_is_mended_whoever_asks(tmp_path: Path) -> None:
+    layout = text_case(tmp_path)
+    broken, sound = "a film \u00e2\u20ac\u201c splendid", "a film \u2013 splendid"
+    raw = [
+        texts.tokenise([text], layout.weights / "tokenizer.json", 16).ids.tolist() for text in (broken, sound)
+    ]
+    assert raw[0] != raw[1]
+    one, two = extractor(layout, text_recipe(tmp_path).features)([broken, sound])
+    assert one == pytest.approx(two, abs=1e-5)
+
+
 def test_tapped_layers_are_the_averages_of_their_outputs(tmp_path: Path) -> None:
     layout = image_case(tmp_path)
     network = efficientnet()

@@ -16,15 +16,14 @@ import importlib
 import io
 import json
 import math
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ftfy
 import pandas as pd
 
+from headstart import mojibake
 from headstart.errors import HeadstartError
 from headstart.recipe import Validate
 
@@ -45,20 +44,6 @@ SPLIT_NAMES = {
 GROUPS_BY_POSITION = {"elpv"}
 # A module of 60, 72, 54, 50 or 48 cells: the formats that occur in the ELPV data set.
 MODULE_CELLS, WHOLE_RUNS = 60, {72, 54, 50, 48}
-# Bytes that are not UTF-8 travel through the parsers as lone surrogates (PEP 383).
-STRAY = re.compile("[\ud800-\udfff]+")
-# Repairs of broken encodings only: entities, curly quotes, widths and line breaks are the author's.
-ENCODING_ONLY = ftfy.TextFixerConfig(
-    unescape_html=False,
-    remove_terminal_escapes=False,
-    fix_latin_ligatures=False,
-    fix_character_width=False,
-    uncurl_quotes=False,
-    fix_line_breaks=False,
-    remove_control_chars=False,
-    normalization=None,
-    explain=False,
-)
 
 
 def read(raw: Path, options: Validate) -> pd.DataFrame:
@@ -127,7 +112,7 @@ def image_folder(raw: Path, options: Validate) -> pd.DataFrame:
         if any(_hidden(part) for part in path.parts) or not file.is_file():
             continue
         name = path.as_posix()
-        if STRAY.search(name):
+        if mojibake.STRAY.search(name):
             unnameable.append(name.encode("utf-8", "backslashreplace").decode())
         parts = file.relative_to(top).parts if file.is_relative_to(top) else ()
         split = given.get(parts[0]) if parts else None
@@ -215,7 +200,7 @@ def _one_table(file: Path, options: Validate) -> pd.DataFrame:
         rows["split"] = [SPLIT_NAMES.get(split.lower(), split) if split else None for split in rows["split"]]
     rows["place"] = [f"{file.name}, row {number}" for number in range(1, len(rows["text"]) + 1)]
     for role in set(wanted) - {"text"}:
-        rows[role] = [_windows(value) or None if value else None for value in rows[role]]
+        rows[role] = [mojibake.windows(value) or None if value else None for value in rows[role]]
     return pd.DataFrame(rows)
 
 
@@ -411,31 +396,15 @@ def _string(value: Any) -> str | None:
     return (value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)).strip()
 
 
-def _windows(text: str) -> str:
-    """Stray bytes read as Windows-1252, the usual culprit; the few that it leaves undefined as Latin-1."""
-
-    def decoded(stray: re.Match[str]) -> str:
-        try:
-            data = stray[0].encode("ascii", "surrogateescape")
-        except UnicodeEncodeError:  # half an emoji, from an escape in JSON
-            return "\ufffd"
-        try:
-            return data.decode("cp1252")
-        except UnicodeDecodeError:
-            return data.decode("latin-1")
-
-    return text if text.isascii() else STRAY.sub(decoded, text)
-
-
 def _mended(texts: list[str | None]) -> tuple[list[str], list[str | None]]:
-    """Texts without mojibake, and what each mended one looked like before (ftfy: Speer 2019)."""
+    """Texts without mojibake, and what each mended one looked like before."""
     fixed: list[str] = []
     original: list[str | None] = []
     for text in texts:
         before = text or ""
-        after = before if before.isascii() else ftfy.fix_text(_windows(before), ENCODING_ONLY)
+        after = mojibake.mended(before)
         fixed.append(after)
-        original.append(STRAY.sub("\ufffd", before) if after != before else None)
+        original.append(mojibake.STRAY.sub("\ufffd", before) if after != before else None)
     return fixed, original
 
 

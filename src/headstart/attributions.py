@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headstart import mojibake
 from headstart.errors import HeadstartError
 from headstart.metrics import Floats
 
@@ -115,7 +116,8 @@ class Explainer:
             with self.lock:
                 if isinstance(item, str):
                     ids, mask = inputs
-                    found.append(Attribution(label, words=self._words(item, self.tokens(ids, mask, target))))
+                    read = mojibake.mended(item)
+                    found.append(Attribution(label, words=self._words(read, self.tokens(ids, mask, target))))
                 else:
                     found.append(Attribution(label, map=_legible(self.places(inputs[0], target))))
         return found

@@ -30,7 +30,7 @@ import torch._inductor.config
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from headstart import augmentation, backbones, devices, images, packs, precision, texts
+from headstart import augmentation, backbones, devices, images, mojibake, packs, precision, texts
 from headstart.errors import HeadstartError
 from headstart.layout import Layout, sha256_of, unwritable_named, written_whole
 from headstart.packs import Pack, Sentences
@@ -275,7 +275,8 @@ class Extractor:
             )
         if text:
             most = min(self.options.max_tokens, self.spec.preprocessing["max_tokens"])
-            return Texts(items, self.weights / "tokenizer.json", most, self.padding, self.device.type)  # type: ignore[arg-type]
+            written = [mojibake.mended(item) for item in items]  # type: ignore[arg-type]
+            return Texts(written, self.weights / "tokenizer.json", most, self.padding, self.device.type)
         return Images(items, self.spec, self.options, self.device.type)  # type: ignore[arg-type]
 
     def __call__(self, items: Sequence[Item]) -> NDArray[np.float32]:

@@ -94,7 +94,7 @@ class Validate(Block):
     """So many rows of the target's training split keep their labels, to be learned from."""
     splits: Splits = Splits()
     """Shares of train, val and test."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Decides which groups go to which split."""
     min_rows_per_class: int = Field(default=5, ge=1)
     """Fewest rows of a class in each split."""
@@ -215,7 +215,7 @@ class Train(Block):
     """``feature_extraction``: the backbone stays frozen, a linear head is trained on its features.
     ``fine_tune``: the backbone is trained as well. ``domain_adaptation``: the head is fitted for
     `validate.target_domain`, from the labels of the other domains."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of everything random in training."""
     class_weight: Literal["balanced"] | None = None
     """``balanced`` weighs classes by their inverse frequency."""

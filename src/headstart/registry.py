@@ -37,7 +37,7 @@ REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "sa
 BACKBONE_REQUIREMENTS = {
     "timm": ("timm", "torchvision"),
     "torchvision": ("torchvision",),
-    "transformers": ("transformers", "tokenizers"),
+    "transformers": ("ftfy", "tokenizers", "transformers"),
 }
 
 

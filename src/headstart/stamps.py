@@ -39,6 +39,7 @@ MODULES = (
     "launching",
     "layout",
     "metrics",
+    "mojibake",
     "normalisation",
     "packs",
     "precision",
