@@ -522,18 +522,22 @@ def test_input_that_makes_no_sense_is_refused() -> None:
 def test_what_is_done_depends_on_the_shift_and_on_whether_the_head_is_lost() -> None:
     head = Head(*(np.array(a, np.float32) for a in ([[-1.0], [1.0]], [0.0, 0.0], [0.0], [1.0])))
     held_out = np.linspace(-1, 1, 100)[:, None]
-    for moved, kind, method in (
-        (0.6, "features", "consensus"),
-        (0.6, "none", "source_only"),
-        (0.6, "labels", "source_only"),
-        (0.8, "features", "information_maximisation"),
-        (0.8, "none", "information_maximisation"),  # groups may be too few to show what the head shows
-        (0.8, "labels", "source_only"),
+    for moved, kind, size, method in (
+        (0.6, "features", 0.5, "consensus"),
+        (0.6, "features", 0.75, "self_training"),  # as far from the boundary as the source's, on average
+        (0.6, "none", 0.5, "source_only"),
+        (0.6, "labels", 0.5, "source_only"),
+        (0.8, "features", 0.5, "information_maximisation"),
+        (0.8, "none", 0.5, "information_maximisation"),  # groups may be too few to show what the head shows
+        (0.8, "labels", 0.5, "source_only"),
     ):
-        found, reason = adaptation.choose(head, held_out, held_out + moved, kind)
+        found, reason = adaptation.choose(head, held_out, size * (held_out + moved), kind)
         assert found == method
-        if method in {"consensus", "information_maximisation"}:
+        if method != "source_only":
             assert f"names a class {1 - moved:.2f} times as often" in reason
+        if method in {"consensus", "self_training"}:
+            told = float(reason.split("apart by ")[1].split()[0])
+            assert told == pytest.approx(size * (1 + moved**2), abs=0.02)
     # A class that the source never named says nothing.
     assert adaptation.choose(head, held_out + 2, held_out, "features")[0] == "consensus"
 
@@ -567,12 +571,29 @@ def test_classes_are_sought_in_the_shares_in_which_the_source_is_named(
     assert sought
 
 
-def test_a_consensus_is_the_mean_of_its_members_logits() -> None:
+def test_a_consensus_is_the_mean_of_its_members_logits_with_its_boundary_moved_a_quarter() -> None:
     (x, truth), (other, _) = rows(), rows(seed=1)
     source, target = labelled(x, truth), other + 1
     members = ("source_only", "minimum_class_confusion", "self_training")
     mean = np.mean([adapt(name, source, target, L2).logits(target) for name in members], axis=0)
-    assert adapt("consensus", source, target, L2).logits(target) == pytest.approx(mean, abs=1e-3)
+    moved = adaptation.crossing(mean[:, 1] - mean[:, 0]) / 4
+    assert abs(moved) > 0.01
+    expected = mean + [moved / 2, -moved / 2]
+    assert adapt("consensus", source, target, L2).logits(target) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(("share", "at"), [(0.5, 1.0), (0.8, 1.0 + np.log(4) / 4)])
+def test_scores_part_where_two_normal_curves_cross(share: float, at: float) -> None:
+    chance = np.random.default_rng(0)
+    left, right = chance.normal(-1, 1, int(40_000 * share)), chance.normal(3, 1, int(40_000 * (1 - share)))
+    # Of equal deviation s and means 4 s apart, s log(w / v) / 4 beyond the middle.
+    assert adaptation.crossing(np.concatenate([left, right])) == pytest.approx(at, abs=0.05)
+
+
+def test_scores_that_do_not_part_move_no_boundary_far() -> None:
+    assert adaptation.crossing(np.zeros(9)) == 0
+    assert abs(adaptation.crossing(np.array([0.0] * 50 + [1.0] * 50))) <= 1
+    assert abs(adaptation.crossing(np.random.default_rng(0).normal(0, 1, 5000))) < 1
 
 
 def test_expected_accuracy_is_the_true_one_less_the_usual_optimism_where_nothing_has_moved() -> None:
