@@ -578,7 +578,7 @@ def test_a_consensus_is_the_mean_of_its_members_logits_with_its_boundary_moved_a
     mean = np.mean([adapt(name, source, target, L2).logits(target) for name in members], axis=0)
     moved = adaptation.crossing(mean[:, 1] - mean[:, 0]) / 4
     assert abs(moved) > 0.01
-    expected = mean + [moved / 2, -moved / 2]
+    expected = mean + np.array([moved / 2, -moved / 2])
     assert adapt("consensus", source, target, L2).logits(target) == pytest.approx(expected, abs=1e-3)
 
 

@@ -248,8 +248,8 @@ def _agreed(heads: Sequence[Head], target: Features) -> Head:
     head = averaged(heads)
     if len(head.bias) != 2:
         return head
-    moved = TOWARDS * crossing(np.diff(head.logits(target), axis=1)[:, 0])
-    return replace(head, bias=head.bias + np.array([moved, -moved], np.float32) / 2)
+    moved = TOWARDS * crossing(np.diff(head.logits(target), axis=1)[:, 0]) / 2  # each logit by half of it
+    return replace(head, bias=head.bias + np.array([moved, -moved], np.float32))
 
 
 def crossing(scores: Floats) -> float:

@@ -21,7 +21,7 @@ def mended(text: str) -> str:
         return text
     import ftfy
 
-    return ftfy.fix_text(
+    found: str = ftfy.fix_text(
         windows(text),
         ftfy.TextFixerConfig(
             unescape_html=False,
@@ -35,6 +35,7 @@ def mended(text: str) -> str:
             explain=False,
         ),
     )
+    return found
 
 
 def windows(text: str) -> str:
