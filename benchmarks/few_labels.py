@@ -28,6 +28,7 @@ from headstart.metrics import scores
 ROOT = environment.project_root(Path(__file__).parent)
 RESULTS = Path(__file__).parent / "results"
 SIZES, SEEDS, JUDGED = (5, 10, 25, 50, 100, 250), 3, 500
+OF_FEWEST = 12  # seeds at the smallest size: ten rows or others are ten points
 SCRATCH = {
     "frozen_below": 0,
     "head_first": False,
@@ -73,7 +74,9 @@ def main(name: str) -> None:
             "fine-tuned": (chosen.training(frozen_below=0), layout),
             "from scratch": (chosen.training(**SCRATCH), blank(ROOT, name)),
         }
-        rounds = [(seed, size) for seed in range(SEEDS) for size in SIZES]
+        rounds = [
+            (seed, size) for size in SIZES for seed in range(OF_FEWEST if size == min(SIZES) else SEEDS)
+        ]
         quick = [(way, *each) for each in rounds for way in ways if way != "from scratch"]
         for way, seed, size in [*quick, *(("from scratch", *each) for each in rounds)]:
             train, val = (drawn(examples, split, size, seed) for split in ("train", "val"))
