@@ -60,9 +60,7 @@ OPTIMISM, SPREAD = 0.04, 0.09
 KNOWN_ENOUGH = 30  # labelled target rows; fewer choose by chance
 CANDIDATES = ("source_only", "consensus", "information_maximisation")  # that they choose among
 MEMBERS = ("source_only", "minimum_class_confusion", "self_training")  # of the consensus
-TOWARDS = (
-    0.25  # of the way to where the target's rows part by themselves, that the consensus moves its boundary
-)
+TOWARDS = 0.25  # of the way from its own boundary of two classes to where the target's rows part
 COMPARED = 2000  # rows of a side that candidates are made from, to be compared
 # On 1,280 dimensions these take 14 s of one core for a comparison, and all others together 11 s.
 SLOW, WIDE = ("optimal_transport", "importance_weighting", "standardised_self_training"), 512
