@@ -352,7 +352,7 @@ def test_ten_times_the_rows_take_no_more_memory(suffix: str, texts_folder: Path,
     assert peaks[1] < peaks[0] + 50, peaks
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_network_that_is_compiled_on_the_way_gives_the_same_answers(
     texts: Version, monkeypatch: pytest.MonkeyPatch
 ) -> None:

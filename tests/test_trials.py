@@ -13,7 +13,7 @@ import pytest
 from tests import examples
 from tests.conftest import Project, clone
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def write(path: Path, noise: float, rows: int = 360) -> None:
@@ -80,7 +80,6 @@ def test_a_model_that_learned_nothing_is_registered_and_does_not_become_champion
     assert "champion" not in aliases(project)
 
 
-@pytest.mark.long
 def test_a_better_model_is_promoted_an_equal_and_a_worse_one_are_refused_with_reasons_and_rollback_undoes(
     project: Project,
 ) -> None:
@@ -220,7 +219,6 @@ print(step)
 """
 
 
-@pytest.mark.long
 def test_killed_at_any_write_registering_and_promoting_again_end_as_if_undisturbed(project: Project) -> None:
     recipe = project.root / "recipes/moods.yaml"
     write(project.root / "inbox/moods.csv", noise=0.0)
