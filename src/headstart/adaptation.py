@@ -265,9 +265,7 @@ def crossing(scores: Floats) -> float:
         return logs
 
     for _ in range(CURVE_STEPS):
-        logs = curves(scores)
-        belongs = np.exp(logs - logs.max(axis=1, keepdims=True))
-        belongs /= belongs.sum(axis=1, keepdims=True)
+        belongs = np.exp(_log_softmax(curves(scores)))
         count = np.maximum(belongs.sum(axis=0), TINY)
         weight, mean = count / len(scores), (belongs * scores[:, None]).sum(axis=0) / count
         variance = (belongs * (scores[:, None] - mean) ** 2).sum(axis=0) / count
@@ -329,13 +327,14 @@ def choose(head: Head, held_out: Features, target: Features, kind: str) -> tuple
     """
     if kind == "labels":
         return "source_only", "other class shares explain the shift, so the classes look as they did"
-    kept = rarest_named(_named(head, held_out), _named(head, target))
+    here, there = head.logits(held_out), head.logits(target)
+    kept = rarest_named(_named(here), _named(there))
     how = f"the source's head names a class {kept:.2f} times as often as there"
     if kept < LOST:
         return "information_maximisation", f"{how}: less than {LOST}, so it is lost"
     if kind == "none":
         return "source_only", "the features are not shown to have shifted, so there is nothing to mend"
-    sure = _margin(head, target) / max(_margin(head, held_out), TINY)
+    sure = _margin(there) / max(_margin(here), TINY)
     apart = f"{how}, and tells them apart by {sure:.2f} times as much"
     if sure >= AS_SURE:
         return "self_training", f"{apart}: at least {AS_SURE}, so it is followed closely"
@@ -417,7 +416,7 @@ def judged(
         equal shares, 0 to 1; ``agreement``, the share of rows that another head names alike, on average over
         the other heads; ``expected_accuracy``, without its interval.
     """
-    here = _named(heads["source_only"], held_out[0])
+    here = _named(heads["source_only"].logits(held_out[0]))
     answers = {method: head.probabilities(target) for method, head in heads.items()}
     top = np.stack([p.argmax(axis=1) for p in answers.values()])
     found = {}
@@ -425,7 +424,7 @@ def judged(
         mean = answers[method].mean(axis=0)
         others = np.delete(top, place, axis=0)
         found[method] = {
-            "rarest_named": rarest_named(here, np.bincount(top[place], minlength=len(mean)) / len(target)),
+            "rarest_named": rarest_named(here, _named(answers[method])),
             "diversity": float(-(mean * np.log(np.maximum(mean, TINY))).sum() / np.log(len(mean))),
             "agreement": float((others == top[place]).mean()) if len(others) else 1.0,
             "expected_accuracy": expected_accuracy(head, held_out, source, target, method in MOVING)[0],
@@ -459,14 +458,14 @@ def found_again(head: Head, target: Features, shares: Floats) -> tuple[Head, str
     ), f"{how}: less than {LOST}, so it starts by their own moments"
 
 
-def _named(head: Head, x: Features) -> Floats:
-    """The share of rows [k] that a head names each class."""
-    return np.bincount(head.logits(x).argmax(axis=1), minlength=len(head.bias)) / len(x)
+def _named(answers: Floats) -> Floats:
+    """The share of rows [k] that logits or probabilities [n, k] name each class."""
+    return np.bincount(answers.argmax(axis=1), minlength=answers.shape[1]) / len(answers)
 
 
-def _margin(head: Head, x: Features) -> float:
-    """By how much a head's largest logit exceeds the next, on average."""
-    largest = np.sort(head.logits(x), axis=1)[:, -2:]
+def _margin(logits: Floats) -> float:
+    """By how much the largest of logits [n, k] exceeds the next, on average."""
+    largest = np.sort(logits, axis=1)[:, -2:]
     return float((largest[:, 1] - largest[:, 0]).mean())
 
 

@@ -7,6 +7,8 @@ model learns from and what it is asked later pass through here alike.
 from __future__ import annotations
 
 import re
+from functools import cache
+from typing import Any
 
 # Bytes that are not UTF-8 travel through the parsers as lone surrogates (PEP 383).
 STRAY = re.compile("[\ud800-\udfff]+")
@@ -21,21 +23,26 @@ def mended(text: str) -> str:
         return text
     import ftfy
 
-    found: str = ftfy.fix_text(
-        windows(text),
-        ftfy.TextFixerConfig(
-            unescape_html=False,
-            remove_terminal_escapes=False,
-            fix_latin_ligatures=False,
-            fix_character_width=False,
-            uncurl_quotes=False,
-            fix_line_breaks=False,
-            remove_control_chars=False,
-            normalization=None,
-            explain=False,
-        ),
-    )
+    found: str = ftfy.fix_text(windows(text), _encoding_only())
     return found
+
+
+@cache
+def _encoding_only() -> Any:
+    """What ftfy is to look after."""
+    import ftfy
+
+    return ftfy.TextFixerConfig(
+        unescape_html=False,
+        remove_terminal_escapes=False,
+        fix_latin_ligatures=False,
+        fix_character_width=False,
+        uncurl_quotes=False,
+        fix_line_breaks=False,
+        remove_control_chars=False,
+        normalization=None,
+        explain=False,
+    )
 
 
 def windows(text: str) -> str:
