@@ -11,25 +11,11 @@ from scipy.linalg import fractional_matrix_power, sqrtm
 from headstart import adaptation, heads
 from headstart.adaptation import METHODS, Source, adapt, confusion_loss, density_ratio, information_loss
 from headstart.heads import Head, fit
+from tests.gaussians import SCALE, SHIFT, accuracy, labelled, rows
 from tests.slopes import slope_by_differences
 
 L2 = 0.01
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
-
-
-def rows(
-    n: int = 400, d: int = 4, k: int = 2, *, seed: int = 0, share: float = 0.5, far: float = 3
-) -> tuple[Any, Any]:
-    """Classes ``far`` out along a dimension each, amid noise; ``share`` of the rows are of the first."""
-    chance = np.random.default_rng(seed)
-    odds = np.r_[share, np.full(k - 1, (1 - share) / (k - 1))]
-    truth = chance.choice(k, n, p=odds)
-    return chance.normal(size=(n, d)) + far * np.eye(k, d)[truth], truth
-
-
-def labelled(x: Any, truth: Any, weights: Any = None) -> Source:
-    targets = np.eye(truth.max() + 1)[truth]
-    return Source(x.astype(np.float32), targets, np.ones(len(x)) if weights is None else weights)
 
 
 def whitened(x: Any) -> Any:
@@ -43,10 +29,6 @@ def turned(x: Any, degrees: float) -> Any:
     result = x - x.mean(axis=0)
     result[:, :2] = result[:, :2] @ np.array([[c, -s], [s, c]])
     return result + x.mean(axis=0)
-
-
-def accuracy(head: Head, x: Any, truth: Any) -> float:
-    return float((head.probabilities(x).argmax(axis=1) == truth).mean())
 
 
 def fits_seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -78,23 +60,6 @@ def test_without_any_shift_no_method_does_harm(method: str) -> None:
     source = labelled(x, truth)
     plain = accuracy(adapt("source_only", source, other, L2), other, other_truth)
     assert accuracy(adapt(method, source, other, L2), other, other_truth) >= plain - 0.02 > 0.9
-
-
-SHIFT, SCALE = np.array([9.0, -4.0, 0.5, 30.0]), np.array([3.0, 0.25, 1.0, 7.0])
-
-
-def test_a_head_that_is_lost_without_its_source_sees_rows_by_their_own_moments(one_thread: None) -> None:
-    chance = np.random.default_rng(0)
-    truth = np.arange(400) % 2
-    source = chance.normal(size=(400, 8)) + 2 * truth[:, None]
-    head = fit(source, np.eye(2)[truth], np.ones(400), 0.1)
-    shares = head.probabilities(source).mean(axis=0)
-    for target, moved in ((source + 0.2, False), (3 * source + 20, True)):
-        found, reason = adaptation.found_again(head, target, shares)
-        right = float((found.logits(target).argmax(axis=1) == truth).mean())
-        assert right > 0.95
-        assert (found is not head) == moved
-        assert ("by their own moments" in reason) == moved
 
 
 @pytest.mark.parametrize(
@@ -519,29 +484,6 @@ def test_input_that_makes_no_sense_is_refused() -> None:
             adapt("standardisation", given, target, l2, known=known)
 
 
-def test_what_is_done_depends_on_the_shift_and_on_whether_the_head_is_lost() -> None:
-    head = Head(*(np.array(a, np.float32) for a in ([[-1.0], [1.0]], [0.0, 0.0], [0.0], [1.0])))
-    held_out = np.linspace(-1, 1, 100)[:, None]
-    for moved, kind, size, method in (
-        (0.6, "features", 0.5, "consensus"),
-        (0.6, "features", 0.75, "self_training"),  # as far from the boundary as the source's, on average
-        (0.6, "none", 0.5, "source_only"),
-        (0.6, "labels", 0.5, "source_only"),
-        (0.8, "features", 0.5, "information_maximisation"),
-        (0.8, "none", 0.5, "information_maximisation"),  # groups may be too few to show what the head shows
-        (0.8, "labels", 0.5, "source_only"),
-    ):
-        found, reason = adaptation.choose(head, held_out, size * (held_out + moved), kind)
-        assert found == method
-        if method != "source_only":
-            assert f"names a class {1 - moved:.2f} times as often" in reason
-        if method in {"consensus", "self_training"}:
-            told = float(reason.split("apart by ")[1].split()[0])
-            assert told == pytest.approx(size * (1 + moved**2), abs=0.02)
-    # A class that the source never named says nothing.
-    assert adaptation.choose(head, held_out + 2, held_out, "features")[0] == "consensus"
-
-
 def test_weights_of_the_source_do_not_pass_for_a_shift() -> None:
     """The rare class weighed up, as a balanced training does: the target has it as rarely as the source."""
     x, truth = rows(share=0.85)
@@ -596,49 +538,6 @@ def test_scores_that_do_not_part_move_no_boundary_far() -> None:
     assert abs(adaptation.crossing(np.random.default_rng(0).normal(0, 1, 5000))) < 1
 
 
-def test_expected_accuracy_is_the_true_one_less_the_usual_optimism_where_nothing_has_moved() -> None:
-    (x, truth), (held, held_truth), (other, other_truth) = (rows(4000, far=1.5, seed=s) for s in range(3))
-    source = labelled(x, truth)
-    head = adapt("source_only", source, other, L2)
-    value, low, high = adaptation.expected_accuracy(head, (held, held_truth), x, other, moved=False)
-    assert value + adaptation.OPTIMISM == pytest.approx(accuracy(head, other, other_truth), abs=0.02)
-    assert (low, high) == pytest.approx((value - adaptation.SPREAD, value + adaptation.SPREAD))
-    # A head that is far too sure of itself is taken at its worth.
-    loud = replace(head, weight=20 * head.weight, bias=20 * head.bias)
-    assert adaptation.expected_accuracy(loud, (held, held_truth), x, other, moved=False)[0] == pytest.approx(
-        value, abs=0.01
-    )
-
-
-def test_of_a_target_that_has_moved_the_accuracy_is_expected_as_if_the_source_had_moved_with_it() -> None:
-    (x, truth), (held, held_truth), (other, _) = (rows(4000, far=1.5, seed=s) for s in range(3))
-    still = adapt("standardisation", labelled(x, truth), other, L2)
-    moved = adapt("standardisation", labelled(x, truth), other * SCALE + SHIFT, L2)
-    expected = [
-        adaptation.expected_accuracy(head, (held, held_truth), x, target, moved=True)[0]
-        for head, target in ((still, other), (moved, other * SCALE + SHIFT))
-    ]
-    assert expected[0] == pytest.approx(expected[1], abs=0.005)
-    assert expected[0] > 0.7
-
-
-def test_candidates_are_judged_without_a_label_of_the_target() -> None:
-    """Two heads worked out by hand: one names the second class half as often as the source is named it."""
-    rows = np.array([-3.0, -2, -1, 1, 2, 3, 4, 5])[:, None]
-    held_out = rows[[1, 2, 3, 4]], np.array([0, 0, 1, 1])
-    heads_by_name = {
-        name: Head(*(np.array(a, np.float32) for a in ([[-9.0], [9.0]], bias, [0.0], [1.0])))
-        for name, bias in (("source_only", [0.0, 0.0]), ("coral", [31.5, -31.5]))
-    }
-    found = adaptation.judged(heads_by_name, held_out, held_out[0], rows)
-    assert found["source_only"]["rarest_named"] == pytest.approx(3 / 8 / 0.5)
-    assert found["coral"]["rarest_named"] == pytest.approx(2 / 8 / 0.5)
-    assert found["source_only"]["agreement"] == found["coral"]["agreement"] == pytest.approx(5 / 8)
-    for name, share in (("source_only", 5 / 8), ("coral", 2 / 8)):
-        entropy = -(share * np.log(share) + (1 - share) * np.log(1 - share)) / np.log(2)
-        assert found[name]["diversity"] == pytest.approx(entropy, abs=1e-3)
-
-
 @pytest.mark.parametrize("method", ["standardisation", "coral", "optimal_transport"])
 def test_a_method_that_moves_rows_brings_the_domains_together_in_the_plane(method: str) -> None:
     (x, _), (other, _) = rows(seed=0), rows(seed=1)
@@ -654,19 +553,3 @@ def test_a_method_that_moves_rows_brings_the_domains_together_in_the_plane(metho
     assert apart[method] < 1e-3
     (mine, theirs) = adaptation.projection("source_only", x[:, :1], x[:, :1], everything)
     assert (mine[:, 1] == 0).all()
-
-
-def test_slow_methods_are_left_out_of_a_comparison_on_wide_features_but_for_the_one_chosen(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    (x, truth), (other, _) = rows(40, seed=0), rows(40, seed=1)
-    head = adapt("source_only", labelled(x, truth), other, 0.1)
-    slow, dimensions = set(adaptation.SLOW), x.shape[1]
-    for wide, chosen, absent in (
-        (dimensions - 1, "consensus", slow),
-        (dimensions - 1, "optimal_transport", slow - {"optimal_transport"}),
-        (dimensions, "consensus", set()),
-    ):
-        monkeypatch.setattr(adaptation, "WIDE", wide)
-        found = adaptation.candidates(head, labelled(x, truth), other, chosen)
-        assert set(adaptation.METHODS) - set(found) == absent

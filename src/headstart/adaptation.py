@@ -20,14 +20,14 @@ from headstart.heads import (
     Features,
     Head,
     Singles,
-    _blocks,
-    _check,
-    _log_softmax,
-    _moments,
-    _standardised,
+    check,
     fit,
+    log_softmax,
+    moments,
+    row_blocks,
+    standardised,
 )
-from headstart.metrics import TINY, Floats, Ints
+from headstart.metrics import TINY, Floats
 
 Rows = NDArray[np.int64]
 Known = tuple[Rows, Floats] | None
@@ -47,23 +47,8 @@ STEPS = 200  # at most, from the start of a loss that is not convex
 ROUNDS = 5  # of self-training
 CURVE_STEPS = 100  # of expectation and maximisation
 NARROWEST = 0.01  # a curve, by the deviation of all scores: a few equal scores are no class
-# A class named less often than so many times its share on the source shows that the head is lost. Of
-# fine-tuned heads, between the largest such number of a pair that had moved, 0.02, and the smallest of
-# another, 0.58.
-LOST = 0.3
-# A head that tells classes apart by so many times as much as on its own rows is as sure of the target's. Of
-# 24 fine-tuned heads of texts (seeds 100 and 101), those of 0.97 and more lose up to 1.4 points by consensus.
-AS_SURE = 0.95
-# Of expected accuracies over pairs of domains (seeds 100 and 101): too high on average, and by so much more
-# or less in four of five pairs.
-OPTIMISM, SPREAD = 0.04, 0.09
-KNOWN_ENOUGH = 30  # labelled target rows; fewer choose by chance
-CANDIDATES = ("source_only", "consensus", "information_maximisation")  # that they choose among
 MEMBERS = ("source_only", "minimum_class_confusion", "self_training")  # of the consensus
 TOWARDS = 0.25  # of the way from its own boundary of two classes to where the target's rows part
-COMPARED = 2000  # rows of a side that candidates are made from, to be compared
-# On 1,280 dimensions these take 14 s of one core for a comparison, and all others together 11 s.
-SLOW, WIDE = ("optimal_transport", "importance_weighting", "standardised_self_training"), 512
 KNOWN_SHARE = 0.1  # weight of all known target rows together, by the source's
 
 
@@ -112,7 +97,7 @@ def adapt(
     if method not in METHODS:
         near = get_close_matches(method, METHODS, n=1, cutoff=0)[0]
         raise ValueError(f"no adaptation method {method!r}; did you mean {near!r}?")
-    _check(source.features, source.targets, source.weights, [l2])
+    check(source.features, source.targets, source.weights, [l2])
     _check_target(source, target, known)
     if known is not None and not len(known[0]):
         known = None
@@ -238,10 +223,10 @@ def consensus(source: Source, target: Features, l2: float, *, seed: int = 0, kno
     themselves, the ``crossing`` of their scores: all three inherit some of the source's shares.
     """
     heads = [METHODS[name](source, target, l2, seed=seed, known=known) for name in MEMBERS]
-    return _agreed(heads, target)
+    return agreed(heads, target)
 
 
-def _agreed(heads: Sequence[Head], target: Features) -> Head:
+def agreed(heads: Sequence[Head], target: Features) -> Head:
     """The consensus of these heads on these rows."""
     head = averaged(heads)
     if len(head.bias) != 2:
@@ -265,7 +250,7 @@ def crossing(scores: Floats) -> float:
         return logs
 
     for _ in range(CURVE_STEPS):
-        belongs = np.exp(_log_softmax(curves(scores)))
+        belongs = np.exp(log_softmax(curves(scores)))
         count = np.maximum(belongs.sum(axis=0), TINY)
         weight, mean = count / len(scores), (belongs * scores[:, None]).sum(axis=0) / count
         variance = (belongs * (scores[:, None] - mean) ** 2).sum(axis=0) / count
@@ -308,167 +293,6 @@ METHODS: dict[str, Callable[..., Head]] = {
 MOVING = frozenset(METHODS) - {"source_only", "importance_weighting", "self_training", "consensus"}
 
 
-def choose(head: Head, held_out: Features, target: Features, kind: str) -> tuple[str, str]:
-    """A method and the reason for it, without a target label.
-
-    Hands off where other class shares explain the shift: the head is as right about each class as it was, and
-    most methods would force shares that are not there. A head that is lost in a target that has moved as a
-    whole names hardly anything but one class: ``information_maximisation`` looks for the classes anew, even
-    where groups are too few for a test to show anything. A head that still names them all is left alone if no
-    shift is shown. Otherwise it is followed: closely, by ``self_training``, if it is as sure of the target's
-    rows as of its own, since there is more to lose than to find; else by ``consensus``.
-    docs/explanation/results.md has the figures.
-
-    Args:
-        head: the source's.
-        held_out: [n, d], source rows that it was not fitted to.
-        target: [m, d].
-        kind: of the shift, as ``shifts.diagnose`` finds it.
-    """
-    if kind == "labels":
-        return "source_only", "other class shares explain the shift, so the classes look as they did"
-    here, there = head.logits(held_out), head.logits(target)
-    kept = rarest_named(_named(here), _named(there))
-    how = f"the source's head names a class {kept:.2f} times as often as there"
-    if kept < LOST:
-        return "information_maximisation", f"{how}: less than {LOST}, so it is lost"
-    if kind == "none":
-        return "source_only", "the features are not shown to have shifted, so there is nothing to mend"
-    sure = _margin(there) / max(_margin(here), TINY)
-    apart = f"{how}, and tells them apart by {sure:.2f} times as much"
-    if sure >= AS_SURE:
-        return "self_training", f"{apart}: at least {AS_SURE}, so it is followed closely"
-    return (
-        "consensus",
-        f"the features have moved, but {apart}: it is worth following, and less sure than it was",
-    )
-
-
-def best_on(  # noqa: PLR0917  # two domains, and what is known
-    known: Features,
-    truth: Ints,
-    head: Head,
-    source: Source,
-    target: Features,
-    first: tuple[str, str],
-) -> tuple[str, str]:
-    """The method that is right on most of a few labelled target rows, and the reason.
-
-    Heads are judged that have not learned from these rows. Of equals the earlier wins, and ``first``, what
-    the shift asks for, is the first.
-
-    Args:
-        known: [n, d].
-        truth: int[n], their classes.
-        head: the source's, which ``source_only`` stands for.
-        source: labelled rows.
-        target: [m, d], all rows to adapt to.
-        first: a method and its reason.
-    """
-    right: dict[str, int] = {}
-    for method in dict.fromkeys([first[0], *CANDIDATES]):
-        found = head if method == "source_only" else adapt(method, source, target, PENALTY)
-        right[method] = int((found.logits(known).argmax(axis=1) == truth).sum())
-    best = max(right, key=lambda method: right[method])
-    if best == first[0]:
-        return first
-    return (
-        best,
-        f"right on {right[best]} of {len(truth)} labelled target rows, {first[0]} on {right[first[0]]}",
-    )
-
-
-def candidates(
-    head: Head, source: Source, target: Features, chosen: str, *, seed: int = 0
-) -> dict[str, Head]:
-    """A head by each of the ``METHODS``, to be compared with one another; ``source_only`` is ``head``.
-
-    Made from at most ``COMPARED`` rows of each side, and on features of more than ``WIDE`` dimensions without
-    those that are ``SLOW``, but for the one ``chosen``: a comparison should cost less than what it is about.
-    """
-    wide = target.shape[1] > WIDE
-    left_out = {"consensus", *(SLOW if wide else ())} - ({chosen} - {"consensus"})
-    chance = np.random.default_rng(seed)
-    mine, theirs = (np.sort(chance.permutation(len(x))[:COMPARED]) for x in (source.features, target))
-    few = Source(source.features[mine], source.targets[mine], source.weights[mine])
-    made = {
-        method: adapt(method, few, target[theirs], PENALTY, seed=seed)
-        for method in METHODS
-        if method not in left_out
-    }
-    made["consensus"] = _agreed([made[name] for name in MEMBERS], target[theirs])
-    return made | {"source_only": head}
-
-
-def judged(
-    heads: dict[str, Head], held_out: tuple[Features, Ints], source: Features, target: Features
-) -> dict[str, dict[str, float]]:
-    """What can be said of each of these heads without a label of the target.
-
-    Args:
-        heads: by method; among them ``source_only``.
-        held_out: source rows [n, d] that ``source_only`` was not fitted to, and their classes int[n].
-        source: [m, d], all source rows.
-        target: [j, d].
-
-    Returns:
-        By method: ``rarest_named``, which see; ``diversity``, the entropy of the mean prediction over that of
-        equal shares, 0 to 1; ``agreement``, the share of rows that another head names alike, on average over
-        the other heads; ``expected_accuracy``, without its interval.
-    """
-    here = _named(heads["source_only"].logits(held_out[0]))
-    answers = {method: head.probabilities(target) for method, head in heads.items()}
-    top = np.stack([p.argmax(axis=1) for p in answers.values()])
-    found = {}
-    for place, (method, head) in enumerate(heads.items()):
-        mean = answers[method].mean(axis=0)
-        others = np.delete(top, place, axis=0)
-        found[method] = {
-            "rarest_named": rarest_named(here, _named(answers[method])),
-            "diversity": float(-(mean * np.log(np.maximum(mean, TINY))).sum() / np.log(len(mean))),
-            "agreement": float((others == top[place]).mean()) if len(others) else 1.0,
-            "expected_accuracy": expected_accuracy(head, held_out, source, target, method in MOVING)[0],
-        }
-    return found
-
-
-def rarest_named(here: Floats, there: Floats) -> float:
-    """Of the shares in which classes are named here [k], the least factor that is left of one there [k]."""
-    return float(min(after / before for before, after in zip(here, there, strict=True) if before > 0))
-
-
-def found_again(head: Head, target: Features, shares: Floats) -> tuple[Head, str]:
-    """A head to go on from without the source, and why: where it is lost, it sees rows by their own moments.
-
-    That is ``standardisation`` as far as it goes without a row of the source. A head that still names all
-    classes is left as it is.
-
-    Args:
-        head: takes rows of the source.
-        target: [m, d].
-        shares: of each class [k], the mean of what the head says of rows like those it learned from.
-    """
-    kept = rarest_named(shares, head.probabilities(target).mean(axis=0))
-    how = f"the head expects a class {kept:.2f} times as often as where it comes from"
-    if kept >= LOST:
-        return head, f"{how}: at least {LOST}, so it starts as it is"
-    mean, scale = _moments(target, np.full(len(target), 1 / len(target)))
-    return replace(
-        head, mean=mean, scale=scale
-    ), f"{how}: less than {LOST}, so it starts by their own moments"
-
-
-def _named(answers: Floats) -> Floats:
-    """The share of rows [k] that logits or probabilities [n, k] name each class."""
-    return np.bincount(answers.argmax(axis=1), minlength=answers.shape[1]) / len(answers)
-
-
-def _margin(logits: Floats) -> float:
-    """By how much the largest of logits [n, k] exceeds the next, on average."""
-    largest = np.sort(logits, axis=1)[:, -2:]
-    return float((largest[:, 1] - largest[:, 0]).mean())
-
-
 def projection(
     method: str, source: Features, target: Features, shown: tuple[Rows, Rows]
 ) -> tuple[Floats, Floats]:
@@ -484,37 +308,6 @@ def projection(
     axes = np.pad(axes, ((0, 0), (0, 2 - len(largest))))
     mine, theirs = shown
     return from_source(source[mine]) @ axes, from_target(target[theirs]) @ axes
-
-
-def expected_accuracy(
-    head: Head, held_out: tuple[Features, Ints], source: Features, target: Features, moved: bool
-) -> tuple[float, float, float]:
-    """The accuracy to expect of an adapted head on the target, without its labels, and an 80 % interval.
-
-    How sure the head is of the target's rows on average, once its confidence is calibrated on held-out rows
-    of the source (``shifts.calibrated``). On another domain that is too hopeful, by ``OPTIMISM`` on average
-    over pairs of our examples, which is taken off; how far it was off beyond that makes the interval. It is
-    a guess for planning what to label, and no proof.
-
-    Args:
-        head: for target rows.
-        held_out: source rows [n, d] that the head was not fitted to, and their classes int[n].
-        source: [m, d], all source rows.
-        target: [j, d].
-        moved: whether the head expects rows standardised by their own domain, as the source's then are here.
-    """
-    from headstart.shifts import calibrated
-
-    rows, truth = held_out
-    if moved:
-        here, there = _scaling(source), _scaling(target)
-        rows = here(rows) * there.scale + there.mean
-    sure = calibrated(truth, head.probabilities(rows), head.probabilities(target)).max(axis=1)
-    least = 1 / len(head.bias)
-    value, low, high = (
-        float(np.clip(sure.mean() - OPTIMISM + reach, least, 1)) for reach in (0, -SPREAD, SPREAD)
-    )
-    return value, low, high
 
 
 def density_ratio(source: Source, target: Features, *, l2: float = DOMAIN_L2, seed: int = 0) -> Floats:
@@ -568,7 +361,7 @@ def information_loss(logits: Floats, prior: Floats) -> tuple[float, Floats]:
     Returns:
         The loss and its gradient, float64[n, k], with respect to the logits.
     """
-    logs = _log_softmax(logits)
+    logs = log_softmax(logits)
     sure = np.exp(logs)
     entropy = -(sure * logs).sum(axis=1, keepdims=True)
     mean = sure.mean(axis=0)
@@ -593,7 +386,7 @@ def confusion_loss(logits: Floats, temperature: float = TEMPERATURE) -> tuple[fl
         The loss and its gradient, float64[n, k], with respect to the logits.
     """
     k = logits.shape[1]
-    logs = _log_softmax(logits / temperature)
+    logs = log_softmax(logits / temperature)
     sure = np.exp(logs)
     entropy = -(sure * logs).sum(axis=1, keepdims=True)
     certainty = np.exp(-entropy)
@@ -621,8 +414,8 @@ class _Affine:
         """float32[n, r] of features [n, d]."""
         width = len(self.mean) if self.matrix is None else self.matrix.shape[1]
         result = np.empty((len(x), width), np.float32)
-        for rows in _blocks(x.shape):
-            scaled = _standardised(x[rows], self.mean, self.scale)
+        for rows in row_blocks(x.shape):
+            scaled = standardised(x[rows], self.mean, self.scale)
             result[rows] = scaled if self.matrix is None else scaled @ self.matrix
         return result
 
@@ -643,10 +436,10 @@ Maps = tuple[_Affine, _Affine]  # of source rows and of target rows, into one sp
 
 def maps(method: str, source: Features, target: Features) -> Maps:
     """Where a method moves source rows [n, d] and target rows [m, d] before it fits a head."""
-    from_source = _scaling(source)
+    from_source = scaling(source)
     if method not in MOVING:
         return from_source, from_source
-    from_target = _scaling(target)
+    from_target = scaling(target)
     if method == "optimal_transport":
         from ot.gaussian import bures_wasserstein_mapping
 
@@ -665,14 +458,14 @@ def maps(method: str, source: Features, target: Features) -> Maps:
     return from_source, from_target
 
 
-def _scaling(rows: Features) -> _Affine:
+def scaling(rows: Features) -> _Affine:
     """Standardises a domain by its rows as they come.
 
     Never by the weights of the source's rows: they make up for rare classes and doubtful labels, which the
     target's rows have as well, but unmarked. By weighted moments the rare class of the target would count as
     part of the shift.
     """
-    return _Affine(*_moments(rows, _equal_shares(rows)))
+    return _Affine(*moments(rows, _equal_shares(rows)))
 
 
 def _shares(weights: Floats) -> Floats:
@@ -737,8 +530,8 @@ def _descended(source: Source, target: Features, known: Known, penalty: Penalty,
     """The head of ``standardisation``, moved to lower a penalty on the target's logits as well."""
     from scipy.optimize import minimize
 
-    from_target = _scaling(target)
-    labelled, targets, weights = _labelled(source, target, known, (_scaling(source.features), from_target))
+    from_target = scaling(target)
+    labelled, targets, weights = _labelled(source, target, known, (scaling(source.features), from_target))
     start = fit(labelled, targets, weights, l2)
     rows, shares = from_target(target), _shares(weights)
     prior = start.probabilities(labelled[: len(source.features)]).mean(axis=0)
@@ -755,7 +548,7 @@ def _descended(source: Source, target: Features, known: Known, penalty: Penalty,
         """The objective and its gradient; ``flat`` is weight @ axes / stretch [k, d], then bias [k]."""
         weight, bias = head_of(flat)
         single = weight.T.astype(np.float32)
-        logs = _log_softmax((labelled @ single).astype(np.float64) + bias)
+        logs = log_softmax((labelled @ single).astype(np.float64) + bias)
         error = (np.exp(logs) - targets) * shares[:, None]
         value, slope_target = penalty((rows @ single).astype(np.float64) + bias, prior)
         value += l2 / 2 * float(np.square(weight).sum()) - float(shares @ (targets * logs).sum(axis=1))
@@ -779,7 +572,7 @@ def _descended(source: Source, target: Features, known: Known, penalty: Penalty,
 def _covariance(x: Features, centred: _Affine | None = None) -> Floats:
     """Second moments [d, d] of the rows, mapped if there is a map; float32 products, summed in float64."""
     total = np.zeros((x.shape[1], x.shape[1]))
-    for rows in _blocks(x.shape):
+    for rows in row_blocks(x.shape):
         block = x[rows] if centred is None else centred(x[rows])
         total += block.T @ block
     return (total + total.T) / (2 * len(x))
@@ -819,7 +612,7 @@ def _check_target(source: Source, target: Features, known: Known) -> None:
         raise ValueError(
             f"target {target.shape} does not fit source {shape}: two rows each, of the same dimensions"
         )
-    if not all(np.isfinite(target[rows]).all() for rows in _blocks(target.shape)):
+    if not all(np.isfinite(target[rows]).all() for rows in row_blocks(target.shape)):
         raise ValueError("target features that are not finite numbers")
     if known is None:
         return

@@ -42,7 +42,7 @@ def adapted(
     Raises:
         HeadstartError: as for ``train``.
     """
-    from headstart import adaptation, shifts
+    from headstart import adaptation, selection, shifts
 
     known = np.empty(0, np.int64) if known is None else known
     examples = source.examples
@@ -72,16 +72,16 @@ def adapted(
     method, reason = (
         (str(choices.adaptation), "named in the recipe")
         if choices.adaptation
-        else adaptation.choose(source.head, examples.features[val], target, shift.kind)
+        else selection.choose(source.head, examples.features[val], target, shift.kind)
     )
-    if not choices.adaptation and len(known) >= adaptation.KNOWN_ENOUGH:
-        method, reason = adaptation.best_on(
+    if not choices.adaptation and len(known) >= selection.KNOWN_ENOUGH:
+        method, reason = selection.best_on(
             examples.features[known], examples.truth[known], source.head, labelled, target, (method, reason)
         )
     head = source.head
     if method != "source_only" or len(known):
         head = adaptation.adapt(method, labelled, target, adaptation.PENALTY, seed=choices.seed, known=given)
-    expected = adaptation.expected_accuracy(
+    expected = selection.expected_accuracy(
         head,
         (examples.features[val], examples.truth[val]),
         labelled.features,
@@ -148,7 +148,7 @@ def freed(recipe: Recipe, layout: Layout, examples: Examples, *, key: str | None
     Raises:
         HeadstartError: as for ``train``.
     """
-    from headstart import adaptation
+    from headstart import selection
 
     inherited = source_free.Inherited.read(layout.weights)
     inherited.check(recipe.features, recipe.validate_.classes)
@@ -156,7 +156,7 @@ def freed(recipe: Recipe, layout: Layout, examples: Examples, *, key: str | None
     if not len(there):
         raise HeadstartError("the target domain has no rows to adapt to", do="add rows of the target domain")
     target = finite(examples, there)
-    head, reason = adaptation.found_again(inherited.head, target, inherited.shares)
+    head, reason = selection.found_again(inherited.head, target, inherited.shares)
     guessed = examples.named(there, head.probabilities(target))
     shares = inherited.shares if recipe.train.source_free == "hypothesis_transfer" else None
     unweighed = recipe.training(class_weight=None)  # nobody knows how rare a class is
@@ -227,31 +227,31 @@ class Adapted:
     @property
     def _decided_by(self) -> str:
         """What the choice among the candidates rests on."""
-        from headstart import adaptation
+        from headstart import selection
 
         if self.choices.adaptation:
             return "recipe"
-        return "labels" if len(self.sides.known) >= adaptation.KNOWN_ENOUGH else "shift"
+        return "labels" if len(self.sides.known) >= selection.KNOWN_ENOUGH else "shift"
 
     @cached_property
     def _candidates(self) -> dict[str, Head]:
         """A head by each way of adapting, none of which has seen the few labels of the target."""
-        from headstart import adaptation
+        from headstart import selection
 
         features = self.source.examples.features
         labelled = _labelled(self.source.examples, self.choices, self.sides.train)
-        return adaptation.candidates(
+        return selection.candidates(
             self.source.head, labelled, features[self.sides.target], self.method, seed=self.choices.seed
         )
 
     @cached_property
     def _judged(self) -> dict[str, dict[str, float]]:
         """What was known of each candidate without the target's labels, or by the few that there are."""
-        from headstart import adaptation
+        from headstart import selection
 
         examples, sides = self.source.examples, self.sides
         features = examples.features
-        found = adaptation.judged(
+        found = selection.judged(
             self._candidates,
             (features[sides.val], examples.truth[sides.val]),
             features[sides.train],

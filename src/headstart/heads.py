@@ -38,13 +38,13 @@ class Head:
         if x.ndim != 2 or x.shape[1] != len(self.mean):
             raise ValueError(f"features of shape {x.shape} do not fit a head of {len(self.mean)} dimensions")
         result = np.empty((len(x), len(self.bias)))
-        for rows in _blocks(x.shape):
-            result[rows] = _standardised(x[rows], self.mean, self.scale) @ self.weight.T + self.bias
+        for rows in row_blocks(x.shape):
+            result[rows] = standardised(x[rows], self.mean, self.scale) @ self.weight.T + self.bias
         return result
 
     def probabilities(self, x: Features) -> Floats:
         """float64[n, k] of features [n, d]; each row sums to 1."""
-        return np.exp(_log_softmax(self.logits(x)))
+        return np.exp(log_softmax(self.logits(x)))
 
     def tempered(self, heat: float) -> Head:
         """The head whose logits are these divided by ``heat``."""
@@ -130,10 +130,10 @@ def _path(
     """One head per penalty, each started from the one before."""
     from scipy.optimize import minimize
 
-    _check(features, targets, weights, penalties)
+    check(features, targets, weights, penalties)
     k, d = targets.shape[1], features.shape[1]
     shares = weights / weights.sum()
-    mean, scale = _moments(features, shares)
+    mean, scale = moments(features, shares)
     blocks = _Standardised(features, mean, scale)
     spread, axes = _curvature(blocks, shares, d)
 
@@ -144,7 +144,7 @@ def _path(
         value = penalty / 2 * float(np.square(weight).sum())
         slope, slope_bias = penalty * weight, np.zeros(k)
         for rows, x in blocks:
-            logs = _log_softmax((x @ single).astype(np.float64) + bias)
+            logs = log_softmax((x @ single).astype(np.float64) + bias)
             value -= float(shares[rows] @ (targets[rows] * logs).sum(axis=1))
             error = (np.exp(logs) - targets[rows]) * shares[rows, None]
             slope += error.astype(np.float32).T @ x
@@ -181,8 +181,8 @@ class _Standardised:
         return iter(self.kept) if self.kept is not None else self._made()
 
     def _made(self) -> Iterator[tuple[slice, Singles]]:
-        for rows in _blocks(self.features.shape):
-            yield rows, _standardised(self.features[rows], self.mean, self.scale)
+        for rows in row_blocks(self.features.shape):
+            yield rows, standardised(self.features[rows], self.mean, self.scale)
 
 
 def _curvature(blocks: _Standardised, shares: Floats, d: int) -> tuple[Floats, Floats]:
@@ -201,20 +201,21 @@ def _curvature(blocks: _Standardised, shares: Floats, d: int) -> tuple[Floats, F
     return np.maximum(spread, 0), axes
 
 
-def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
     """Slices over the rows of an [n, d] array, each ``BLOCK_BYTES`` of float32."""
     size = max(1, BLOCK_BYTES // (4 * shape[1]))
     return (slice(first, min(first + size, shape[0])) for first in range(0, shape[0], size))
 
 
-def _standardised(x: Features, mean: Singles, scale: Singles) -> Singles:
+def standardised(x: Features, mean: Singles, scale: Singles) -> Singles:
+    """float32 [n, d] of features [n, d]."""
     result = x.astype(np.float32)
     result -= mean
     result /= scale
     return result
 
 
-def _moments(features: Features, shares: Floats) -> tuple[Singles, Singles]:
+def moments(features: Features, shares: Floats) -> tuple[Singles, Singles]:
     """Weighted mean and standard deviation of each dimension, [d]; a common one where it is next to nothing.
 
     Divided by next to nothing, a dimension that is dead in these rows would drown all others as soon as it
@@ -223,9 +224,9 @@ def _moments(features: Features, shares: Floats) -> tuple[Singles, Singles]:
     Two passes, because the difference of squares loses everything where the mean is large.
     """
     mean, variance = np.zeros(features.shape[1]), np.zeros(features.shape[1])
-    for rows in _blocks(features.shape):
+    for rows in row_blocks(features.shape):
         mean += shares[rows] @ features[rows].astype(np.float64)
-    for rows in _blocks(features.shape):
+    for rows in row_blocks(features.shape):
         variance += shares[rows] @ np.square(features[rows] - mean)
     deviation = np.sqrt(variance)
     # Rounding leaves a constant dimension a deviation of about 1e-16 of its mean; that is noise, not signal.
@@ -235,13 +236,14 @@ def _moments(features: Features, shares: Floats) -> tuple[Singles, Singles]:
     return mean.astype(np.float32), np.where(dead, common, deviation).astype(np.float32)
 
 
-def _log_softmax(logits: Floats) -> Floats:
+def log_softmax(logits: Floats) -> Floats:
+    """Logarithms of probabilities [n, k], of logits."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     result: Floats = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result
 
 
-def _check(features: Features, targets: Floats, weights: Floats, penalties: Sequence[float]) -> None:
+def check(features: Features, targets: Floats, weights: Floats, penalties: Sequence[float]) -> None:
     """Raise ValueError if anything does not fit."""
     n = len(features)
     if n == 0 or features.ndim != 2 or targets.ndim != 2 or len(targets) != n or weights.shape != (n,):
@@ -252,5 +254,5 @@ def _check(features: Features, targets: Floats, weights: Floats, penalties: Sequ
         raise ValueError("weights must be at least 0 and have a positive sum")
     if not all(penalty > 0 for penalty in penalties):
         raise ValueError(f"penalties must be positive, not {list(penalties)}")
-    if not all(np.isfinite(features[rows]).all() for rows in _blocks(features.shape)):
+    if not all(np.isfinite(features[rows]).all() for rows in row_blocks(features.shape)):
         raise ValueError("features that are not finite numbers")

@@ -502,7 +502,7 @@ def _method(said: _Said, recipe: Recipe) -> str:
 
 def _adaptation(said: _Said, layout: Layout) -> dict[str, Any]:
     """The shift in figures and in a plane, and the ways of adapting with what was known of each."""
-    from headstart import adaptation
+    from headstart import adaptation, selection
 
     shift, candidates = said.model["shift"], said.model.get("candidates", {})
     found = layout.model / "projection.parquet"
@@ -519,7 +519,7 @@ def _adaptation(said: _Said, layout: Layout) -> dict[str, Any]:
             for name, words in SHIFT.items()
             if name in shift
         ],
-        "compared": adaptation.COMPARED,
+        "compared": selection.COMPARED,
         "left_out": [method for method in adaptation.METHODS if method not in candidates],
         "charts": charts,
         "moved": len(charts) > 1,

@@ -10,27 +10,31 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from headstart import heads
+from headstart.class_shares import (
+    RESAMPLES,
+    Groups,
+    LabelShift,
+    both_sides,
+    distributions,
+    group_codes,
+    interval_bounds,
+    label_shift,
+    logs_of,
+)
 from headstart.heads import Features, Singles, fit
-from headstart.metrics import TINY, Floats, Ints, levels, resampled
+from headstart.metrics import TINY, Floats, Ints, resampled
 
-Groups = NDArray[Any]
 # "none": not shown by both tests. "labels": other class shares explain what they see, or nearly.
 Kind = Literal["none", "labels", "features"]
 
 PENALTY = 0.1  # of the domain classifier; on 1,280 dimensions 0.01 to 1 give nearly the same AUROC
 FOLDS = 5
-RESAMPLES = 200
-CONFIDENCE = 0.95
 SIGNIFICANT = 0.05
-# Standard deviation of the prior on inverse temperature and biases: far too wide to move an estimate, but
-# rows that are told apart perfectly then have a finite answer.
-WIDE = 10.0
 CURVE = 2000  # quantiles that stand for the target's logits: their shape needs no more
 MODES = 101  # places tried for the peak of a single clump
 TAILS = (0.7, 1.0, 1.4, 2.0)  # its exponents: from heavier than Laplace's to Gaussian
@@ -56,22 +60,6 @@ class Interval:
     value: float
     low: float
     high: float
-
-
-@dataclass(frozen=True)
-class LabelShift:
-    """Estimated class shares in the target, and the source's own."""
-
-    prior: Floats  # [k], sums to 1
-    low: Floats  # [k], lower bound of the 95 % bootstrap interval of each share
-    high: Floats  # [k], upper bound; both NaN where a side has a single group
-    source_prior: Floats  # [k], shares of the source rows
-    method: str  # "mlls" or "bbse"
-
-    @property
-    def shown(self) -> bool:
-        """Whether some class's interval leaves out its share of the source rows; never where it is NaN."""
-        return bool(((self.source_prior < self.low) | (self.source_prior > self.high)).any())
 
 
 @dataclass(frozen=True)
@@ -161,7 +149,9 @@ def separability(
     areas = np.divide(won, pairs, out=np.full(len(won), np.nan), where=pairs > 0)
     value = float(areas[0])
     stretch = sqrt(1 + count / (count - 1))
-    low, high = (value + stretch * (bound[0] - value) for bound in _bounds(areas[1:, None], min(sizes)))
+    low, high = (
+        value + stretch * (bound[0] - value) for bound in interval_bounds(areas[1:, None], min(sizes))
+    )
     return Interval(value, float(np.maximum(low, 0)), float(np.minimum(high, 1)))
 
 
@@ -267,168 +257,6 @@ def location(
     return max(0.0, 1 - (near / far) ** 2) if far > 0 else np.nan
 
 
-def bbse(
-    truth: Ints, source_probabilities: Floats, target_probabilities: Floats, *, soft: bool = True
-) -> Floats:
-    """Class shares in the target by black-box shift estimation (Lipton et al. 2018).
-
-    Solves ``confusion @ shares = answers``: what the classifier says on rows of each class is known from
-    the source, what it says over all from the target. Right where classes look the same on both sides;
-    the classifier may be miscalibrated, so long as its answers differ between classes. Non-negative least
-    squares, then scaled to sum to 1.
-
-    Args:
-        truth: int[n], positions of the true classes of source rows that the classifier has not seen.
-        source_probabilities: float64[n, k], of the same rows.
-        target_probabilities: float64[m, k].
-        soft: average the probabilities rather than count the top classes; less noise.
-
-    Returns:
-        float64[k], sums to 1.
-
-    Raises:
-        ValueError: shapes that do not fit, no rows, rows that do not sum to 1, a class without source rows.
-    """
-    mine, theirs = _both(truth, source_probabilities, target_probabilities)
-    estimate = _bbse(truth, mine, theirs, soft)
-    return estimate(np.ones(len(mine)), np.ones(len(theirs)))
-
-
-def mlls(source_prior: Floats, target_probabilities: Floats) -> Floats:
-    """Class shares in the target that make its rows most likely (Saerens et al. 2002).
-
-    Right where classes look the same on both sides and the probabilities are calibrated on the source,
-    as ``calibrated`` makes them; then the most precise there is (Alexandari et al. 2020; Garg et al.
-    2020). The likelihood is concave, so there is one answer. Expectation maximisation, accelerated by
-    squared extrapolation (SQUAREM, Varadhan & Roland 2008), because where classes overlap the plain
-    steps shrink long before they arrive.
-
-    Args:
-        source_prior: float64[k], positive, sums to 1: the shares that the probabilities suppose.
-        target_probabilities: float64[m, k].
-
-    Returns:
-        float64[k], sums to 1.
-
-    Raises:
-        ValueError: shapes that do not fit, no rows, rows that do not sum to 1, a source share of 0.
-    """
-    p = _distributions(target_probabilities, "target probabilities")
-    prior = _prior(source_prior, p.shape[1], "source prior", positive=True)
-    return _most_likely(prior, p, np.full(len(p), 1 / len(p)))
-
-
-def calibrated(
-    truth: Ints, source_probabilities: Floats, probabilities: Floats, weights: Floats | None = None
-) -> Floats:
-    """Probabilities by bias-corrected temperature scaling (Alexandari et al. 2020).
-
-    ``softmax(log p / T + b)``: one temperature T and one bias b per class, those that make the true
-    classes of held-out source rows most likely. Temperature alone (Guo et al. 2017) leaves a class that is
-    named too often named too often, and ``mlls`` takes that for a shift.
-
-    Args:
-        truth: int[n], positions of the true classes of source rows that the classifier has not seen.
-        source_probabilities: float64[n, k], of the same rows.
-        probabilities: float64[m, k], to recalibrate: of the target, say.
-        weights: float64[n], at least 0 with a positive sum; by default 1 each.
-
-    Returns:
-        float64[m, k], rows that sum to 1.
-
-    Raises:
-        ValueError: shapes that do not fit, no rows, rows that do not sum to 1, weights out of range.
-    """
-    from scipy.special import softmax
-
-    mine, theirs = _both(truth, source_probabilities, probabilities)
-    w = np.ones(len(mine)) if weights is None else weights
-    if w.shape != truth.shape or not (w >= 0).all() or not w.sum() > 0:
-        raise ValueError("weights must be one per source row, at least 0, with a positive sum")
-    slope, *bias = _recalibration(truth, _logs(mine), w)
-    result: Floats = softmax(slope * _logs(theirs) + bias, axis=1)
-    return result
-
-
-def label_shift(
-    truth: Ints,
-    groups: Groups | None,
-    source_probabilities: Floats,
-    target_probabilities: Floats,
-    *,
-    target_groups: Groups | None = None,
-    method: str = "mlls",
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> LabelShift:
-    """Class shares in the target with bootstrap intervals, from a classifier's probabilities.
-
-    ``mlls`` recalibrates by ``calibrated`` first. Each resample draws whole groups on both sides and does
-    everything anew, recalibration included. A resample that lacks a class on the source side says
-    nothing. Percentiles are expanded for few groups (Hesterberg 2015).
-
-    The shares, and the intervals with them, suppose that a class looks the same on both sides. Where
-    features have moved within a class they can be wrong by any amount; ``diagnose`` looks for that.
-
-    Cost: 2 s for 20,000 rows a side, two classes and 200 resamples.
-
-    Args:
-        truth: int[n], positions of the true classes of source rows that the classifier has not seen.
-        groups: [n], any values, or None for each row by itself.
-        source_probabilities: float64[n, k], of the same rows.
-        target_probabilities: float64[m, k].
-        target_groups: [m], any values, or None.
-        method: "mlls" or "bbse".
-        resamples: number of bootstrap resamples.
-        seed: the same seed gives the same intervals.
-
-    Raises:
-        ValueError: shapes that do not fit, no rows, rows that do not sum to 1, a class without source
-            rows, a method that is none.
-    """
-    mine, theirs = _both(truth, source_probabilities, target_probabilities)
-    if method not in ESTIMATORS:
-        raise ValueError(f"no method {method!r}; there are {', '.join(ESTIMATORS)}")
-    sides = _codes(groups, target_groups, len(mine), len(theirs))
-    sizes = [len(np.unique(side)) for side in sides]
-    estimate = ESTIMATORS[method](truth, mine, theirs)
-    shares = _shares(truth, mine.shape[1])
-    prior = estimate(np.ones(len(mine)), np.ones(len(theirs)))
-    drawn = np.full((resamples, len(prior)), np.nan)
-    if min(sizes) > 1:
-        chance = np.random.default_rng(seed)
-        draws = (resampled(side, resamples, chance) for side in sides)
-        for resample, times in enumerate(zip(*draws, strict=True)):
-            if (np.bincount(truth, times[0], len(prior)) > 0).all():
-                drawn[resample] = estimate(*times)
-    low, high = _bounds(drawn, min(sizes))
-    return LabelShift(prior, low, high, shares, method)
-
-
-def reweighted(probabilities: Floats, source_prior: Floats, target_prior: Floats) -> Floats:
-    """The same probabilities under other class shares, by Bayes' rule (Saerens et al. 2002, eq. 2.4).
-
-    Args:
-        probabilities: float64[n, k], calibrated where the classes have the shares ``source_prior``.
-        source_prior: float64[k], positive, sums to 1.
-        target_prior: float64[k], sums to 1.
-
-    Returns:
-        float64[n, k], rows that sum to 1. A row that names only classes without share in the target says
-        nothing there, and gets the target's shares.
-
-    Raises:
-        ValueError: shapes that do not fit, no rows, rows or shares that do not sum to 1, a source share of 0.
-    """
-    p = _distributions(probabilities, "probabilities")
-    before = _prior(source_prior, p.shape[1], "source prior", positive=True)
-    after = _prior(target_prior, p.shape[1], "target prior")
-    joint = p * (after / before)
-    total = joint.sum(axis=1, keepdims=True)
-    result: Floats = np.divide(joint, total, out=np.tile(after, (len(p), 1)), where=total > 0)
-    return result
-
-
 def ordered(probabilities: Floats, groups: Groups | None = None) -> float:
     """A label-free sign that a classifier still tells classes apart, however wrong its threshold is.
 
@@ -452,12 +280,12 @@ def ordered(probabilities: Floats, groups: Groups | None = None) -> float:
     Raises:
         ValueError: shapes that do not fit, no rows, rows that do not sum to 1.
     """
-    p = _distributions(probabilities, "probabilities")
-    code = np.unique(_codes(groups, None, len(p), 0)[0], return_inverse=True)[1]
+    p = distributions(probabilities, "probabilities")
+    code = np.unique(group_codes(groups, None, len(p), 0)[0], return_inverse=True)[1]
     columns = [1] if p.shape[1] == 2 else range(p.shape[1])
     # The others' sum, not 1 - p: in float32 a probability of 1 - 1e-9 is 1, and would stand far off.
     rest = [np.delete(p, column, axis=1).sum(axis=1) for column in columns]
-    odds = [_logs(p[:, column]) - _logs(other) for column, other in zip(columns, rest, strict=True)]
+    odds = [logs_of(p[:, column]) - logs_of(other) for column, other in zip(columns, rest, strict=True)]
     return float(np.mean([_clumps(values, code) for values in odds]))
 
 
@@ -498,7 +326,7 @@ def diagnose(  # noqa: PLR0917  # two sides of features, groups and probabilitie
         ValueError: shapes that do not fit, a side without rows, rows that do not sum to 1, a class without
             source rows, sampled features that are not finite.
     """
-    mine, theirs = _both(truth, source_probabilities, target_probabilities)
+    mine, theirs = both_sides(truth, source_probabilities, target_probabilities)
     k = mine.shape[1]
     if len(classes) != k:
         raise ValueError(f"{len(classes)} names do not fit {k} classes")
@@ -507,13 +335,13 @@ def diagnose(  # noqa: PLR0917  # two sides of features, groups and probabilitie
             f"features of {len(source)} and {len(target)} rows do not fit "
             f"{len(mine)} and {len(theirs)} rows of probabilities"
         )
-    sides = _codes(groups, target_groups, len(mine), len(theirs))
+    sides = group_codes(groups, target_groups, len(mine), len(theirs))
     apart = separability(source, target, sides, seed=seed)
     distance, p = mmd(source, target, sides, seed=seed)
     shift = label_shift(truth, sides[0], mine, theirs, target_groups=sides[1], seed=seed)
     alike = _in_shares(truth, shift.prior, ALIKE_ROWS, np.random.default_rng(seed))
     drawn = sides[0][alike], sides[1]
-    answers = _logs(mine), _logs(theirs)
+    answers = logs_of(mine), logs_of(theirs)
     by_features, by_answers = (
         _Explained.of(before, mmd(x[alike], y, drawn, seed=seed))
         for before, x, y in ((distance, source, target), (mmd(*answers, sides, seed=seed)[0], *answers))
@@ -725,112 +553,6 @@ def _one_clump(x: Floats) -> Density:
     return lambda values: height - (np.abs(values - peak) / np.where(values < peak, below, above)) ** tail
 
 
-Estimate = Callable[[Floats, Floats], Floats]  # weights of source [n] and target rows [m] -> shares [k]
-
-
-def _bbse(truth: Ints, mine: Floats, theirs: Floats, soft: bool = True) -> Estimate:
-    from scipy.optimize import nnls
-
-    k = mine.shape[1]
-    answers = (mine, theirs) if soft else (np.eye(k)[p.argmax(axis=1)] for p in (mine, theirs))
-    own, other = answers
-    actual = np.eye(k)[truth]
-
-    def estimate(weights: Floats, target_weights: Floats) -> Floats:
-        confusion = (own * weights[:, None]).T @ actual / (weights @ actual)
-        shares = nnls(confusion, target_weights @ other / target_weights.sum())[0]
-        result: Floats = shares / shares.sum()
-        return result
-
-    return estimate
-
-
-def _mlls(truth: Ints, mine: Floats, theirs: Floats) -> Estimate:
-    from scipy.special import softmax
-
-    source_logs, target_logs = _logs(mine), _logs(theirs)
-    start = _recalibration(truth, source_logs, np.ones(len(mine)))
-
-    def estimate(weights: Floats, target_weights: Floats) -> Floats:
-        slope, *bias = _recalibration(truth, source_logs, weights, start)
-        p: Floats = softmax(slope * target_logs + bias, axis=1)
-        prior = _shares(truth, mine.shape[1], weights)
-        return _most_likely(prior, p, target_weights / target_weights.sum())
-
-    return estimate
-
-
-ESTIMATORS: dict[str, Callable[[Ints, Floats, Floats], Estimate]] = {"mlls": _mlls, "bbse": _bbse}
-
-
-def _most_likely(source_prior: Floats, probabilities: Floats, shares: Floats) -> Floats:
-    """The class shares [k] that maximise ``shares @ log(probabilities @ (prior / source_prior))``."""
-    ratio = probabilities / source_prior
-
-    def step(prior: Floats) -> Floats:
-        result: Floats = prior * ((shares / (ratio @ prior)) @ ratio)
-        return result
-
-    def likelihood(prior: Floats) -> float:
-        return float(shares @ np.log(ratio @ prior))
-
-    prior = source_prior
-    for _ in range(1000):
-        once = step(prior)
-        twice = step(once)
-        if np.abs(twice - once).max() < 1e-8:
-            return twice
-        first, second = once - prior, twice - once
-        bend = float(np.linalg.norm(second - first))
-        stride = max(1.0, float(np.linalg.norm(first)) / bend) if bend > 0 else 1.0
-        # A share of exactly 0 could never grow again.
-        leap = np.maximum(prior + 2 * stride * first + stride**2 * (second - first), 1e-12)
-        leap = step(leap / leap.sum())
-        prior = leap if likelihood(leap) > likelihood(twice) else twice
-    return prior
-
-
-def _recalibration(truth: Ints, logs: Floats, weights: Floats, start: Floats | None = None) -> Floats:
-    """Inverse temperature and biases [1 + k] of the weighted rows; Newton's method on a convex loss."""
-    from scipy.special import log_softmax
-
-    n, k = logs.shape
-    centred = logs - logs.mean(axis=1, keepdims=True)
-    unchanged = np.append(1.0, np.zeros(k))
-    rows = np.arange(n)
-
-    def loss(point: Floats) -> tuple[float, Floats]:
-        answer = log_softmax(point[0] * centred + point[1:], axis=1)
-        value = (
-            -float(weights @ answer[rows, truth]) + float(np.square(point - unchanged).sum()) / WIDE**2 / 2
-        )
-        return value, answer
-
-    point = unchanged if start is None else start
-    value, answer = loss(point)
-    for _ in range(100):
-        p = np.exp(answer)
-        pull = p * weights[:, None]
-        mean = (p * centred).sum(axis=1)
-        slope = (point - unchanged) / WIDE**2
-        slope[0] += weights @ (mean - centred[rows, truth])
-        slope[1:] += pull.sum(axis=0) - np.bincount(truth, weights, k)
-        curve = np.eye(k + 1) / WIDE**2
-        curve[0, 0] += weights @ ((p * centred**2).sum(axis=1) - mean**2)
-        curve[0, 1:] += (pull * (centred - mean[:, None])).sum(axis=0)
-        curve[1:, 0] = curve[0, 1:]
-        curve[1:, 1:] += np.diag(pull.sum(axis=0)) - pull.T @ p
-        step = np.linalg.solve(curve, slope)
-        if slope @ step < 1e-10 * weights.sum():
-            break
-        size = 1.0
-        while (tried := loss(point - size * step))[0] > value and size > 1e-6:
-            size /= 2
-        point = point - size * step
-        value, answer = tried
-    return point
-
-
 def _between_groups(x: Singles, y: Singles, mine: Ints, theirs: Ints) -> tuple[Floats, Floats]:
     """Kernel summed over the rows of each two groups [g, g], and how many pairs those are; source first.
 
@@ -882,7 +604,7 @@ def _squares(x: Singles, y: Singles) -> tuple[Floats, Floats]:
 
 def _standardised(x: Singles) -> Singles:
     """By own mean and deviation."""
-    return heads._standardised(x, *heads._moments(x, np.full(len(x), 1 / len(x))))
+    return heads.standardised(x, *heads.moments(x, np.full(len(x), 1 / len(x))))
 
 
 def _sampled(
@@ -899,35 +621,12 @@ def _sampled(
     if min(len(source), len(target), rows) < 1:
         raise ValueError(f"no rows to compare: {shapes}, {rows} rows")
     first, second = groups or (None, None)
-    codes = _codes(first, second, len(source), len(target))
+    codes = group_codes(first, second, len(source), len(target))
     taken = [np.sort(chance.permutation(len(side))[:rows]) for side in (source, target)]
     x, y = (side[some].astype(np.float32) for side, some in zip((source, target), taken, strict=True))
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("features that are not finite numbers")
     return (x, y), (codes[0][taken[0]], codes[1][taken[1]])
-
-
-def _codes(groups: Groups | None, target_groups: Groups | None, n: int, m: int) -> tuple[Ints, Ints]:
-    """Groups as numbers, equal on both sides where the values are; None gives each row its own."""
-    for name, given, size in (("source", groups, n), ("target", target_groups, m)):
-        if given is not None and given.shape != (size,):
-            raise ValueError(f"{name} groups of shape {given.shape} do not fit {size} rows")
-    if groups is not None and target_groups is not None:
-        code = np.unique(np.concatenate([groups, target_groups]), return_inverse=True)[1]
-        return code[:n], code[n:]
-    mine = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
-    theirs = np.arange(m) if target_groups is None else np.unique(target_groups, return_inverse=True)[1]
-    return mine, theirs + n
-
-
-def _bounds(drawn: Floats, groups: int) -> tuple[Floats, Floats]:
-    """Bounds [k] from resamples [r, k]; percentiles moved outwards for few groups, as in ``metrics``."""
-    known = drawn[np.isfinite(drawn).all(axis=1)]
-    if groups < 2 or not len(known):
-        nothing = np.full(drawn.shape[1], np.nan)
-        return nothing, nothing
-    low, high = np.quantile(known, levels(CONFIDENCE, groups), axis=0)
-    return low, high
 
 
 def _in_shares(truth: Ints, prior: Floats, rows: int, chance: np.random.Generator) -> Ints:
@@ -939,46 +638,3 @@ def _in_shares(truth: Ints, prior: Floats, rows: int, chance: np.random.Generato
     wanted = np.diff(np.round(np.cumsum(total * prior)), prepend=0).astype(int)
     parts = [shuffled[truth[shuffled] == c][:size] for c, size in enumerate(wanted)]
     return np.sort(np.concatenate(parts))
-
-
-def _shares(truth: Ints, k: int, weights: Floats | None = None) -> Floats:
-    counts = np.bincount(truth, weights, k)
-    result: Floats = counts / counts.sum()
-    return result
-
-
-def _logs(p: Floats) -> Floats:
-    result: Floats = np.log(np.maximum(p, TINY))
-    return result
-
-
-def _both(truth: Ints, mine: Floats, theirs: Floats) -> tuple[Floats, Floats]:
-    """Both sides' probabilities as float64, checked against each other and against the true classes."""
-    p, q = _distributions(mine, "source probabilities"), _distributions(theirs, "target probabilities")
-    k = p.shape[1]
-    if truth.shape != (len(p),) or q.shape[1] != k:
-        raise ValueError(f"true classes {truth.shape}, probabilities {p.shape} and {q.shape} do not fit")
-    if not np.issubdtype(truth.dtype, np.integer) or truth.min() < 0 or truth.max() >= k:
-        raise ValueError(f"true classes must be whole numbers from 0 to {k - 1}")
-    if not (counts := np.bincount(truth, minlength=k)).all():
-        raise ValueError(f"classes {np.flatnonzero(counts == 0).tolist()} have no source rows")
-    return p, q
-
-
-def _distributions(p: Floats, name: str) -> Floats:
-    """Rows [n, k] as float64; float16 probabilities sum to 1 only within 1e-3."""
-    if p.ndim != 2 or not len(p) or p.shape[1] < 2:
-        raise ValueError(f"{name} of shape {p.shape} are not rows over two or more classes")
-    p = p.astype(np.float64)
-    if not (p >= 0).all() or not (np.abs(p.sum(axis=1) - 1) < 2e-3).all():
-        raise ValueError(f"{name} must be at least 0, and each row must sum to 1")
-    return p
-
-
-def _prior(prior: Floats, k: int, name: str, positive: bool = False) -> Floats:
-    if prior.shape != (k,):
-        raise ValueError(f"{name} of shape {prior.shape} does not fit {k} classes")
-    prior = _distributions(prior[None], name)[0]
-    if positive and not prior.all():
-        raise ValueError(f"{name} must be positive for every class")
-    return prior

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax, softmax
+
+from headstart.class_shares import bbse, calibrated, label_shift, mlls
+
+pytestmark = pytest.mark.usefixtures("one_thread_of_blas")
+
+GAP = 2.0  # between the means of two classes of one deviation
+
+
+def two_classes(n: int, second: float, chance: Any, source_second: float = 0.3) -> tuple[Any, Any]:
+    """True classes, the second with a share of the rows, and what is exactly right to say at the source."""
+    truth = (chance.random(n) < second).astype(int)
+    x = chance.normal(size=n) + GAP * truth
+    odds = GAP * x - GAP**2 / 2 + np.log(source_second / (1 - source_second))
+    return truth, softmax(np.stack([np.zeros(n), odds], axis=1), axis=1)
+
+
+def distorted(p: Any, temperature: float, bias: Any) -> Any:
+    """What bias-corrected temperature scaling by ``temperature`` and ``bias`` makes right again."""
+    return softmax(temperature * (np.log(p) - bias), axis=1)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_class_shares_of_the_target_are_recovered(share: float) -> None:
+    chance = np.random.default_rng(0)
+    truth, source = two_classes(4000, 0.3, chance)
+    _, target = two_classes(4000, share, chance)
+    for found in (
+        mlls(np.array([0.7, 0.3]), target),
+        bbse(truth, source, target),
+        bbse(truth, source, target, soft=False),
+        label_shift(truth, None, source, target, resamples=2).prior,
+        label_shift(truth, None, source, target, method="bbse", resamples=2).prior,
+    ):
+        assert found.sum() == pytest.approx(1)
+        assert found[1] == pytest.approx(share, abs=0.05)
+
+
+def test_a_hard_confusion_matrix_counts_top_classes_and_a_soft_one_averages() -> None:
+    """Of class 0 the classifier names 3 in 4 rightly, of class 1 all; it names class 0 on half the target."""
+    truth = np.array([0, 0, 0, 0, 1, 1])
+    source = np.array([[0.9, 0.1], [0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.2, 0.8], [0.4, 0.6]])
+    target = np.array([[0.6, 0.4], [0.1, 0.9]])
+    assert bbse(truth, source, target, soft=False)[0] == pytest.approx(0.5 / 0.75)
+    # On average 0.75 and 0.3 for class 0, and 0.35 on the target.
+    assert bbse(truth, source, target)[0] == pytest.approx((0.35 - 0.3) / (0.75 - 0.3))
+
+
+def test_shares_of_many_classes_are_recovered_even_where_one_is_gone() -> None:
+    chance = np.random.default_rng(0)
+    wanted = np.array([0.0, 0.05, 0.25, 0.7])
+
+    def draw(shares: Any) -> tuple[Any, Any]:
+        truth = chance.choice(4, size=5000, p=shares)
+        x = chance.normal(size=(5000, 4)) + 1.5 * np.eye(4)[truth]
+        return truth, softmax(1.5 * x, axis=1)
+
+    truth, source = draw(np.full(4, 0.25))
+    _, target = draw(wanted)
+    assert mlls(np.full(4, 0.25), target) == pytest.approx(wanted, abs=0.05)
+    assert bbse(truth, source, target) == pytest.approx(wanted, abs=0.05)
+
+
+def test_mlls_finds_the_most_likely_shares_even_where_classes_hardly_differ() -> None:
+    """Two thousand plain steps of expectation maximisation end 0.03 short; here every share is tried."""
+    logs = 0.05 * np.random.default_rng(0).normal(size=500)
+    logs -= logs.mean()  # so that neither class alone is best
+    p = softmax(np.stack([np.full(500, np.log(0.6)), np.log(0.4) + logs], axis=1), axis=1)
+    shares = np.linspace(0, 1, 10_001)
+    likelihood = np.log(p[:, :1] * (1 - shares) / 0.6 + p[:, 1:] * shares / 0.4).mean(axis=0)
+    assert mlls(np.array([0.6, 0.4]), p)[1] == pytest.approx(shares[likelihood.argmax()], abs=2e-3)
+
+
+def test_calibration_recovers_a_known_temperature_and_bias() -> None:
+    chance = np.random.default_rng(0)
+    logits = chance.normal(size=(40_000, 3)) * 1.5
+    right = softmax(logits, axis=1)
+    truth = (chance.random((40_000, 1)) > right.cumsum(axis=1)).sum(axis=1)
+    wrong = distorted(right, 2.5, np.array([0.5, -0.5, 0.2]))
+    found = calibrated(truth, wrong, wrong)
+    # log found = log wrong / T + b, up to a constant per row: the columns' differences give both.
+    before, after = np.diff(np.log(wrong), axis=1), np.diff(np.log(found), axis=1)
+    for column, bias in ((0, -1.0), (1, 0.7)):
+        slope, offset = np.polyfit(before[:, column], after[:, column], 1)
+        assert 1 / slope == pytest.approx(2.5, abs=0.08)
+        assert offset == pytest.approx(bias, abs=0.05)
+    assert found == pytest.approx(right, abs=0.03)
+    assert found.mean(axis=0) == pytest.approx(np.bincount(truth) / 40_000, abs=1e-4)
+
+
+def test_calibration_lowers_no_likelihood_and_counts_a_weight_as_copies() -> None:
+    chance = np.random.default_rng(0)
+    truth, p = two_classes(300, 0.4, chance)
+    p = distorted(p, 0.4, np.array([1.0, 0.0]))
+    times = chance.integers(0, 4, 300)
+    copied = calibrated(np.repeat(truth, times), np.repeat(p, times, axis=0), p)
+    assert calibrated(truth, p, p, times.astype(float)) == pytest.approx(copied, abs=1e-5)
+    rows = np.arange(300)
+    best = np.log(calibrated(truth, p, p)[rows, truth]).sum()
+    for slope in (0.3, 1.0, 2.0, 2.5, 3.0):
+        for bias in (-1.0, 0.0, 1.0, 2.0):
+            other = log_softmax(slope * np.log(p) + [0, bias], axis=1)[rows, truth].sum()
+            assert best > other - 0.05  # the wide prior costs less than this
+
+
+def test_classes_told_apart_perfectly_leave_calibration_finite() -> None:
+    truth = np.arange(50) % 2
+    p = np.where(np.eye(2)[truth] == 1, 0.8, 0.2)
+    found = calibrated(truth, p, np.array([[0.8, 0.2], [0.5, 0.5], [1.0, 0.0]]))
+    assert np.isfinite(found).all()
+    assert found[0, 0] > 0.98
+    assert found[1, 0] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_miscalibrated_probabilities_mislead_mlls_but_not_label_shift() -> None:
+    chance = np.random.default_rng(0)
+    truth, source = two_classes(4000, 0.3, chance)
+    _, target = two_classes(4000, 0.6, chance)
+    source, target = (distorted(p, 3, np.array([0.0, 1.0])) for p in (source, target))
+    assert abs(mlls(np.array([0.7, 0.3]), target)[1] - 0.6) > 0.1
+    for method in ("mlls", "bbse"):
+        found = label_shift(truth, None, source, target, method=method, resamples=2)
+        assert found.prior[1] == pytest.approx(0.6, abs=0.05)
+        assert found.method == method
+
+
+@pytest.mark.parametrize(("method", "share"), [("mlls", 0.6), ("bbse", 0.6), ("bbse", 0.2)])
+def test_intervals_cover_the_true_share(method: str, share: float) -> None:
+    covered = 0
+    for seed in range(40):
+        chance = np.random.default_rng([seed, 7])
+        truth, source = two_classes(150, 0.3, chance)
+        _, target = two_classes(150, share, chance)
+        source, target = (distorted(p, 2, np.array([0.0, 0.5])) for p in (source, target))
+        found = label_shift(truth, None, source, target, method=method, resamples=80, seed=seed)
+        assert (found.low <= found.prior).all() and (found.prior <= found.high).all()
+        covered += bool(found.low[1] <= share <= found.high[1])
+    assert covered >= 32
+
+
+def test_whole_groups_are_resampled_so_intervals_cover_where_rows_are_near_copies() -> None:
+    covered, ignorant = 0, 0
+    group = np.repeat(np.arange(40), 8)
+    for seed in range(40):
+        chance = np.random.default_rng([seed, 8])
+        truth, source = two_classes(40, 0.3, chance)
+        _, target = two_classes(40, 0.6, chance)
+        rows = truth[group], source[group], target[group]
+        found = label_shift(
+            rows[0], group, *rows[1:], target_groups=group, method="bbse", resamples=100, seed=seed
+        )
+        plain = label_shift(rows[0], None, *rows[1:], method="bbse", resamples=100, seed=seed)
+        covered += bool(found.low[1] <= 0.6 <= found.high[1])
+        ignorant += bool(plain.low[1] <= 0.6 <= plain.high[1])
+    assert covered >= 32 > ignorant
+
+
+def test_the_same_seed_gives_the_same_intervals_and_one_group_gives_none() -> None:
+    chance = np.random.default_rng(0)
+    truth, source = two_classes(200, 0.3, chance)
+    _, target = two_classes(200, 0.6, chance)
+    first, again, other = (
+        label_shift(truth, None, source, target, resamples=20, seed=seed) for seed in (0, 0, 1)
+    )
+    assert (first.low == again.low).all() and (first.high == again.high).all()
+    assert first.low[1] != other.low[1]
+    assert first.source_prior == pytest.approx(np.bincount(truth) / 200)
+    assert first.shown
+    alone = label_shift(truth, None, source, target, target_groups=np.zeros(200), resamples=20)
+    assert alone.prior == pytest.approx(first.prior)
+    assert np.isnan(alone.low).all() and np.isnan(alone.high).all()
+    assert not alone.shown
+
+
+@pytest.mark.parametrize(
+    ("prior", "answers"),
+    [
+        (np.array([1.0, 0.0]), np.full((4, 2), 0.5)),
+        (np.array([0.5, 0.6]), np.full((4, 2), 0.5)),
+        (np.full(3, 1 / 3), np.full((4, 2), 0.5)),
+        (np.array([0.5, 0.5]), np.ones((4, 2))),
+    ],
+)
+def test_shares_that_are_none_are_refused(prior: Any, answers: Any) -> None:
+    with pytest.raises(ValueError, match=r"fit|sum to 1|positive"):
+        mlls(prior, answers)
