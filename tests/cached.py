@@ -45,6 +45,7 @@ def manifest(rows: int = 240, seed: int = 0, per_group: int = 4) -> pd.DataFrame
             "group": [f"group-{g}" for g in group],
             "split": np.array(["train", "train", "train", "val", "test"])[group // 2 % 5],
             "digest": "0" * 64,
+            "batch": "",
         }
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -78,6 +79,8 @@ def text_recipe(root: Path, **options: Any) -> Recipe:
 def manifest(layout: Layout, column: str, content: Sequence[str]) -> None:
     layout.manifest.mkdir(parents=True, exist_ok=True)
     table = cached.manifest(len(content)).rename(columns={"text": column}).assign(**{column: content})
+    held = [(layout.raw / name).read_bytes() if column == "path" else name.encode() for name in content]
+    table["digest"] = [hashlib.sha256(data).hexdigest() for data in held]
     table.to_parquet(layout.manifest / "manifest.parquet", index=False)
 
 
@@ -468,6 +471,7 @@ def test_features_replace_those_of_before_and_a_failure_leaves_them(tmp_path: Pa
     gone = pictures(layout)[0]
     kept = gone.read_bytes()
     gone.unlink()
+    shutil.rmtree(layout.work / "extracted")
     with pytest.raises(HeadstartError):
         features.features(image_recipe(tmp_path), layout)
     assert contents(layout.features) == before
@@ -598,6 +602,85 @@ class Device(str):
 
     def __new__(cls, _: str) -> Device:
         return super().__new__(cls, "cpu")
+
+
+def grown(kind: str, root: Path, packed: bool, rows: int) -> tuple[Layout, Recipe]:
+    """The first so many rows of a case, those of a batch behind the first ten, in the order of their ids."""
+    make, choose = (image_case, image_recipe) if kind == "images" else (text_case, text_recipe)
+    layout = make(root)
+    path = layout.manifest / "manifest.parquet"
+    table = pd.read_parquet(path).head(20).sample(frac=1, random_state=0, ignore_index=True)
+    table["batch"] = np.where(table.index < 10, "", "new")
+    table.head(rows).sort_values("id").to_parquet(path, index=False)
+    return layout, choose(root, packed=packed)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["images", "texts"])
+def test_of_rows_that_come_and_go_only_new_ones_are_looked_at(
+    kind: str, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, recipe = grown(kind, tmp_path / "one", packed, 11)
+    assert run(monkeypatch, recipe, layout) == 11
+    for rows, looked_at in ((20, 9), (15, 0), (20, 5)):
+        before = contents(layout.features)
+        grown(kind, tmp_path / "one", packed, rows)
+        if looked_at > ROWS:
+            shutil.rmtree(layout.features)  # as DVC does before it runs a stage
+            run(monkeypatch, recipe, layout, killed_after=4)
+        assert run(monkeypatch, recipe, layout) <= looked_at
+        assert contents(layout.features) != before
+        twin, other = grown(kind, tmp_path / f"{rows} anew", packed, rows)
+        if not twin.features.exists():
+            assert run(monkeypatch, other, twin) == rows
+        assert contents(layout.features) == contents(twin.features)
+
+
+def test_rows_are_looked_at_anew_when_the_way_has_changed_or_what_was_kept_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = image_case(tmp_path)
+    run(monkeypatch, image_recipe(tmp_path), layout)
+    assert run(monkeypatch, image_recipe(tmp_path), layout) == 0
+    assert run(monkeypatch, image_recipe(tmp_path, layers=["conv_head"]), layout) == 20
+    assert run(monkeypatch, image_recipe(tmp_path), layout) == 20
+    whole = contents(layout.features)
+    kept = layout.work / "extracted/features.npy"
+    kept.unlink()
+    kept.write_bytes(whole["features.npy"][:500])
+    assert run(monkeypatch, image_recipe(tmp_path), layout) == 20
+    assert contents(layout.features) == whole
+    save_file(efficientnet(seed=1).state_dict(), tmp_path / "inbox/weights.safetensors")
+    fetch(image_recipe(tmp_path), layout)
+    assert run(monkeypatch, image_recipe(tmp_path), layout) == 20
+
+
+def test_where_there_are_no_hard_links_every_row_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*paths: Any) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuses)
+    layout = image_case(tmp_path)
+    assert [run(monkeypatch, image_recipe(tmp_path), layout) for _ in range(2)] == [20, 20]
+    assert not (layout.work / "extracted").exists()
+
+
+def test_what_arithmetic_is_taken_does_not_depend_on_rows_that_came_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, recipe = grown("images", tmp_path, packed=False, rows=20)
+    seen: list[int] = []
+
+    def noted(*given: Any) -> Arithmetic:
+        *_, rows = given
+        seen.append(rows)
+        return Arithmetic()
+
+    monkeypatch.setattr(features, "arithmetic_for", noted)
+    features.features(recipe, layout)
+    assert seen == [10]
 
 
 def test_a_journal_line_cut_short_by_the_kill_does_not_count_twice(

@@ -30,7 +30,7 @@ import torch._inductor.config
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from headstart import augmentation, backbones, devices, images, mojibake, packs, precision, texts
+from headstart import augmentation, backbones, devices, earlier, images, mojibake, packs, precision, texts
 from headstart.errors import HeadstartError
 from headstart.layout import Layout, sha256_of, unwritable_named, written_whole
 from headstart.packs import Pack, Sentences
@@ -58,7 +58,7 @@ class Reader(Protocol):
     """What one kind of item needs to become batches."""
 
     batches: list[Rows]
-    smallest: int  # rows that a compiled network is at least given: other sizes would compile anew
+    smallest: int  # rows that a network is at least given where it is compiled, or rows must not sway others
 
     def read(self, rows: Rows) -> tuple[NDArray[Any], ...]:
         """The arrays of one batch, each [rows, ...]."""
@@ -77,6 +77,10 @@ class Images:
         self.smallest = IMAGES_PER_BATCH.get(on, ON_A_GPU["images"])
         self.batches = packs.cut(np.arange(len(items)), self.smallest)
 
+    def apart(self, rows: Rows) -> list[Rows]:
+        """These rows in batches in which, filled up, no row's vector depends on the others."""
+        return packs.cut(rows, self.smallest)
+
     def read(self, rows: Rows) -> tuple[NDArray[np.uint8]]:
         """Pixels of one batch."""
         pixels = np.empty((len(rows), self.side, self.side, 3), np.uint8)
@@ -88,13 +92,18 @@ class Images:
 class Texts:
     """Reader of texts: token ids and mask, int64 [rows, longest]."""
 
-    smallest = 2  # one row alone would be compiled as a case of its own
+    # One row alone would be compiled as a case of its own, and a few tokens are multiplied in another order.
+    smallest = 8
 
     def __init__(self, items: Sequence[str], tokenizer: Path, most: int, padding: int, on: str) -> None:
         self.padding = padding
         self.tokens = texts.tokenise(items, tokenizer, most)
-        budget = TOKENS_PER_BATCH.get(on, ON_A_GPU["tokens"])
-        self.batches = texts.batches(self.tokens.lengths, budget)
+        self.budget = TOKENS_PER_BATCH.get(on, ON_A_GPU["tokens"])
+        self.batches = texts.batches(self.tokens.lengths, self.budget)
+
+    def apart(self, rows: Rows) -> list[Rows]:
+        """These rows in batches in which, filled up, no row's vector depends on the others."""
+        return texts.of_one_length(self.tokens.lengths, rows, self.budget)
 
     def read(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ids and mask of one batch."""
@@ -260,7 +269,7 @@ class Extractor:
                 do="take other features.layers or another features.image_size, or leave them out",
             ) from error
 
-    def reader(self, items: Sequence[Item]) -> Reader:
+    def reader(self, items: Sequence[Item]) -> Images | Texts:
         """The items in batches, in an order that depends on nothing but them.
 
         Raises:
@@ -291,16 +300,17 @@ class Extractor:
         return found
 
     def run(
-        self, reader: Reader, batches: Sequence[Rows]
+        self, reader: Reader, batches: Sequence[Rows], least: int = 0
     ) -> Iterator[tuple[Rows, tuple[NDArray[Any], ...], NDArray[np.float32]]]:
         """Rows, what was read of them, and their vectors, float32 [rows, dim], batch by batch.
 
+        A batch of fewer than ``least`` rows is filled up for the network.
         A GPU computes while the cores read on. On a CPU both want the same cores, and each waits for
         the other at every layer; there the cores read a few batches together, then compute them together.
         """
         for rows, arrays in _read(reader, batches, overlap=self.device.type != "cpu"):
-            least = 0 if self.compiled is None else reader.smallest
-            tensors = self.tensors([_filled(array, least) for array in arrays])
+            wanted = least if self.compiled is None else reader.smallest
+            tensors = self.tensors([_filled(array, wanted) for array in arrays])
             yield rows, arrays, self.forward(*tensors)[: len(rows)].cpu().numpy()
 
     def tensors(self, arrays: Sequence[NDArray[Any]]) -> tuple[Tensor, ...]:
@@ -324,46 +334,62 @@ class Extractor:
 def features(recipe: Recipe, layout: Layout) -> None:
     """Write ``features/<recipe>/`` as docs/reference/files.md describes it.
 
-    Disk: the arrays once, in ``.headstart/<recipe>/`` until they are whole. Memory: the network, a few
-    batches, and of texts the tokens.
+    Rows that the last pass has seen are copied from what it found, if nothing but the rows has changed: a
+    batch of new rows costs what it holds. The bytes are those of a pass over all rows.
+
+    Disk: the arrays once, in ``.headstart/<recipe>/`` until they are whole, and those of the last pass.
+    Memory: the network, a few batches, and of texts the tokens.
 
     Raises:
         HeadstartError: the manifest or the backbone is missing, or they do not fit together; a layer does not
             exist, an image cannot be read, a vector is not finite, or the disk is full.
     """
-    ids, items, digest = _rows(recipe, layout)
+    table, items, digest = _rows(recipe, layout)
     wanted = recipe.features.compile
     compiled = len(items) >= COMPILE_FROM[recipe.modality] if wanted is None else wanted
+    # Rows that come later must not change how those of before are computed.
+    first = np.flatnonzero(table["batch"] == "") if (table["batch"] == "").any() else np.arange(len(items))
     arithmetic = arithmetic_for(
         layout.weights,
         recipe.features,
-        lambda extractor, rows: extractor.reader([items[row] for row in rows]),
-        len(items),
+        lambda extractor, rows: extractor.reader([items[first[row]] for row in rows]),
+        len(first),
     )
     extractor = Extractor(layout.weights, recipe.features, arithmetic, compiled)
     described = {
-        "rows": len(items),
         "layers": recipe.features.layers,
         "precision": arithmetic.dtype,
         "exact_layers": list(arithmetic.exact),
         "backbone_sha256": extractor.spec.sha256,
-        "manifest_sha256": digest,
         "dim": extractor.dim,
     }
+    channels = _channels(layout) if recipe.features.packed and recipe.modality == "image" else None
     if recipe.features.packed:
         described["packed"] = True
-        if recipe.modality == "image":
-            described["channels"] = _channels(layout)
+    if channels:
+        described["channels"] = channels
+    made = _digest(extractor, arithmetic, described | {"compiled": compiled})
+    names = ["features", "pixels"] if channels else ["features"]
+    digests = table["digest"].to_numpy().astype("S64")
+    known = earlier.read(layout.work / "extracted", made, digests, names)
+    if len(known.here):
+        log.info("%d of %d rows are known from the last pass", len(known.here), len(items))
+    described |= {"rows": len(items), "manifest_sha256": digest}
+    named = f"{made} {digest}".encode() + known.here.tobytes()
+    work = layout.work / "features" / hashlib.sha256(named).hexdigest()[:16]
     with unwritable_named(layout.features):
-        work = _extract(extractor, items, layout.work / "features", described | {"compiled": compiled})
+        _extract(extractor, items, work, channels, known)
     with written_whole(layout.features) as folder:
-        ids.to_parquet(folder / "ids.parquet", index=False)
+        table[["id"]].to_parquet(folder / "ids.parquet", index=False)
         text = json.dumps(described, indent=2, sort_keys=True) + "\n"
         (folder / "features.json").write_text(text, encoding="utf-8")
         arithmetic.save(folder / "arithmetic.safetensors")
         for array in sorted(work.glob("*.npy"), reverse=True):
             shutil.move(array, folder / array.name)  # the last steps: what fails before can be repeated
     shutil.rmtree(layout.work / "features", ignore_errors=True)
+    earlier.keep(
+        layout.work / "extracted", made, digests, [layout.features / f"{name}.npy" for name in names]
+    )
 
 
 def arithmetic_for(
@@ -393,7 +419,7 @@ def arithmetic_for(
 
 
 def _rows(recipe: Recipe, layout: Layout) -> tuple[Any, list[Item], str]:
-    """Ids as a frame, items in the same order, and the manifest's digest."""
+    """The manifest, items in the same order, and its digest."""
     import pandas as pd
 
     path = layout.manifest / "manifest.parquet"
@@ -414,34 +440,42 @@ def _rows(recipe: Recipe, layout: Layout) -> tuple[Any, list[Item], str]:
             do="take a backbone for this kind of data in fetch.backbone, or another validate.adapter",
         )
     content = table[column].tolist()
-    return table[["id"]], content if column == "text" else [layout.raw / name for name in content], digest
+    return table, content if column == "text" else [layout.raw / name for name in content], digest
 
 
-def _extract(extractor: Extractor, items: Sequence[Item], work: Path, key: dict[str, Any]) -> Path:
-    """A folder of whole arrays, ``features.npy`` and what is packed; continues what a killed run has left.
+def _extract(
+    extractor: Extractor, items: Sequence[Item], folder: Path, channels: int | None, known: earlier.Earlier
+) -> None:
+    """Write whole arrays, ``features.npy`` and what is packed; continues what a killed run has left.
 
     Every finished shard is on the disk before the journal names it, so a kill costs one shard. The files have
     their full size from the start: a disk that is too small is found out at once.
+
+    Args:
+        extractor: the backbone.
+        items: what to look at.
+        folder: for these arrays alone; its siblings are of work that nobody will go on with, and are deleted.
+        channels: of pictures, if they are packed.
+        known: rows that need not be looked at.
     """
-    folder = work / _digest(extractor, key)
     journal = folder / "shards"
-    for other in set(work.glob("*")) - {folder}:
+    for other in set(folder.parent.glob("*")) - {folder}:
         shutil.rmtree(other, ignore_errors=True)
     reader = extractor.reader(items)
-    shards = _shards(reader.batches)
+    shards = _shards(reader.apart(np.setdiff1d(np.arange(len(items)), known.here)))
     forms: dict[str, Form] = {"features": ((len(items), extractor.dim), "<f2")}
     packed: dict[str, NDArray[Any]] = {}  # that is known before the pass
     if extractor.options.packed and isinstance(reader, Texts):
         packed = {"tokens": reader.tokens.ids, "bounds": reader.tokens.bounds}
         forms |= {"tokens": (packed["tokens"].shape, "<i4"), "bounds": (packed["bounds"].shape, "<i8")}
-    elif extractor.options.packed:
+    elif channels:
         side = side_of(extractor.spec, extractor.options)
-        forms["pixels"] = (len(items), side, side, key["channels"]), "|u1"
+        forms["pixels"] = (len(items), side, side, channels), "|u1"
     paths = {name: folder / f"{name}.npy" for name in forms}
     done = _journalled(journal) if all(path.exists() for path in paths.values()) else set()
     if done:
         log.info("continuing after %d of %d shards", len(done), len(shards))
-    rows_done = sum(len(rows) for shard in done for rows in shards[shard])
+    rows_done = len(known.here) + sum(len(rows) for shard in done for rows in shards[shard])
     with bar(total=len(items), initial=rows_done, desc="extracting features", unit=" rows") as progress:
         if not done:
             journal.unlink(missing_ok=True)
@@ -449,11 +483,13 @@ def _extract(extractor: Extractor, items: Sequence[Item], work: Path, key: dict[
         targets: dict[str, Any] = {name: np.load(path, mmap_mode="r+") for name, path in paths.items()}
         for name, array in packed.items():
             targets[name][:] = array
+        if not done:
+            known.copy(targets, ROWS_PER_SHARD)
         for number in sorted(set(range(len(shards))) - done):
-            for rows, arrays, vectors in extractor.run(reader, shards[number]):
+            for rows, arrays, vectors in extractor.run(reader, shards[number], reader.smallest):
                 targets["features"][rows] = _halved(vectors, items, rows)
                 if "pixels" in targets:
-                    targets["pixels"][rows] = arrays[0][..., : key["channels"]]
+                    targets["pixels"][rows] = arrays[0][..., :channels]
                 progress.update(len(rows))
             for target in targets.values():
                 target.flush()
@@ -461,11 +497,10 @@ def _extract(extractor: Extractor, items: Sequence[Item], work: Path, key: dict[
                 file.write(f"{number}\n")
                 file.flush()
                 os.fsync(file.fileno())
-    return folder
 
 
-def _digest(extractor: Extractor, key: dict[str, Any]) -> str:
-    """A name for the work on one array: all that its bytes, and the division into batches, depend on."""
+def _digest(extractor: Extractor, arithmetic: Arithmetic, key: dict[str, Any]) -> str:
+    """A name for a way to make arrays: all that a row's part of them depends on, but the row."""
     library = Path(__file__).parent
     files = [
         library / f"{name}.py"
@@ -483,9 +518,10 @@ def _digest(extractor: Extractor, key: dict[str, Any]) -> str:
     ]
     files += sorted(extractor.weights.glob("*.json"))  # spec.json holds the digest of the weights
     content = [sha256_of(file) for file in files]
+    biases = [(name, bias.numpy().tobytes().hex()) for name, bias in sorted(arithmetic.biases.items())]
     machine = [extractor.device.type, torch.__version__]
-    text = json.dumps([key, extractor.options.model_dump(), content, machine], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    text = json.dumps([key, extractor.options.model_dump(), content, biases, machine], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _halved(vectors: NDArray[np.float32], items: Sequence[Item], rows: Rows) -> NDArray[np.float16]:

@@ -31,6 +31,7 @@ MODULES = (
     "classifiers",
     "devices",
     "domains",
+    "earlier",
     "examples",
     "features",
     "finetuning",

@@ -68,3 +68,19 @@ def batches(lengths: NDArray[np.int64], tokens: int) -> list[NDArray[np.int64]]:
         found.append(order[start : start + size])
         start += size
     return found
+
+
+def of_one_length(
+    lengths: NDArray[np.int64], rows: NDArray[np.int64], tokens: int
+) -> list[NDArray[np.int64]]:
+    """These rows in batches of at most ``tokens`` places, each of texts of one length, the longest first.
+
+    Nothing is filled up, so what a network says of a text does not depend on those beside it.
+    """
+    order = rows[np.argsort(-lengths[rows], kind="stable")]
+    ends = np.flatnonzero(np.diff(lengths[order])) + 1
+    found = []
+    for part in np.split(order, ends) if len(order) else ():
+        size = max(1, tokens // max(1, int(lengths[part[0]])))
+        found += [part[start : start + size] for start in range(0, len(part), size)]
+    return found
