@@ -121,3 +121,11 @@ def test_batches_leave_hardly_any_place_empty() -> None:
 def test_texts_of_one_length_stay_in_order() -> None:
     found = texts.batches(np.full(10, 5), 20)
     assert [rows.tolist() for rows in found] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_texts_of_one_length_share_a_batch_and_no_others() -> None:
+    lengths = np.array([3, 9, 3, 0, 9, 3, 3, 9, 0])
+    rows = np.array([0, 1, 2, 3, 4, 5, 6, 8])
+    found = texts.of_one_length(lengths, rows, 9)
+    assert [part.tolist() for part in found] == [[1], [4], [0, 2, 5], [6], [3, 8]]
+    assert texts.of_one_length(lengths, rows[:0], 9) == []

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from difflib import get_close_matches
 from functools import partial
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
@@ -49,6 +49,7 @@ ON_A_GPU = {"images": 256, "tokens": 65_536}
 # torch.compile takes 5 to 15 s to start. It repays that after about so many rows, as `make bench-features`
 # shows; the rule looks at rows and not at a clock, so that the same data give the same bytes.
 COMPILE_FROM = {"image": 4_000, "text": 50_000}
+FEWEST_TOKENS = 64  # of a batch; of 10 alone MiniLM's products in float32 add up in another order
 SAMPLE = 128  # rows that decide on the arithmetic: half of them to calibrate it, half to judge it
 ROWS_PER_SHARD = 2_000  # some 10 s of work: the most that a kill costs
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Reader(Protocol):
     """What one kind of item needs to become batches."""
 
     batches: list[Rows]
-    smallest: int  # rows that a network is at least given where it is compiled, or rows must not sway others
+    smallest: int  # rows that a compiled network is at least given: other sizes would compile anew
 
     def read(self, rows: Rows) -> tuple[NDArray[Any], ...]:
         """The arrays of one batch, each [rows, ...]."""
@@ -78,8 +79,12 @@ class Images:
         self.batches = packs.cut(np.arange(len(items)), self.smallest)
 
     def apart(self, rows: Rows) -> list[Rows]:
-        """These rows in batches in which, filled up, no row's vector depends on the others."""
+        """These rows in batches in which no row's vector depends on the others, if they are filled up."""
         return packs.cut(rows, self.smallest)
+
+    def least(self, rows: Rows) -> int:
+        """Rows that a batch has to be filled up to for that."""
+        return self.smallest
 
     def read(self, rows: Rows) -> tuple[NDArray[np.uint8]]:
         """Pixels of one batch."""
@@ -92,8 +97,7 @@ class Images:
 class Texts:
     """Reader of texts: token ids and mask, int64 [rows, longest]."""
 
-    # One row alone would be compiled as a case of its own, and a few tokens are multiplied in another order.
-    smallest = 8
+    smallest = 2  # one row alone would be compiled as a case of its own
 
     def __init__(self, items: Sequence[str], tokenizer: Path, most: int, padding: int, on: str) -> None:
         self.padding = padding
@@ -102,8 +106,12 @@ class Texts:
         self.batches = texts.batches(self.tokens.lengths, self.budget)
 
     def apart(self, rows: Rows) -> list[Rows]:
-        """These rows in batches in which, filled up, no row's vector depends on the others."""
+        """These rows in batches in which no row's vector depends on the others, if they are filled up."""
         return texts.of_one_length(self.tokens.lengths, rows, self.budget)
+
+    def least(self, rows: Rows) -> int:
+        """Rows that a batch has to be filled up to for that."""
+        return max(self.smallest, ceil(FEWEST_TOKENS / max(1, int(self.tokens.lengths[rows[0]]))))
 
     def read(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ids and mask of one batch."""
@@ -300,16 +308,17 @@ class Extractor:
         return found
 
     def run(
-        self, reader: Reader, batches: Sequence[Rows], least: int = 0
+        self, reader: Reader, batches: Sequence[Rows], least: Callable[[Rows], int] | None = None
     ) -> Iterator[tuple[Rows, tuple[NDArray[Any], ...], NDArray[np.float32]]]:
         """Rows, what was read of them, and their vectors, float32 [rows, dim], batch by batch.
 
-        A batch of fewer than ``least`` rows is filled up for the network.
+        For the network, a batch of fewer rows than ``least`` says is filled up.
+
         A GPU computes while the cores read on. On a CPU both want the same cores, and each waits for
         the other at every layer; there the cores read a few batches together, then compute them together.
         """
         for rows, arrays in _read(reader, batches, overlap=self.device.type != "cpu"):
-            wanted = least if self.compiled is None else reader.smallest
+            wanted = max(least(rows) if least else 0, 0 if self.compiled is None else reader.smallest)
             tensors = self.tensors([_filled(array, wanted) for array in arrays])
             yield rows, arrays, self.forward(*tensors)[: len(rows)].cpu().numpy()
 
@@ -486,7 +495,7 @@ def _extract(
         if not done:
             known.copy(targets, ROWS_PER_SHARD)
         for number in sorted(set(range(len(shards))) - done):
-            for rows, arrays, vectors in extractor.run(reader, shards[number], reader.smallest):
+            for rows, arrays, vectors in extractor.run(reader, shards[number], reader.least):
                 targets["features"][rows] = _halved(vectors, items, rows)
                 if "pixels" in targets:
                     targets["pixels"][rows] = arrays[0][..., :channels]
@@ -511,6 +520,7 @@ def _digest(extractor: Extractor, arithmetic: Arithmetic, key: dict[str, Any]) -
             "devices",
             "features",
             "images",
+            "mojibake",
             "packs",
             "precision",
             "texts",
