@@ -61,9 +61,10 @@ def read(folder: Path, made: str, digests: Digests, names: Sequence[str]) -> Ear
 
 
 def keep(folder: Path, made: str, digests: Digests, arrays: Sequence[Path]) -> None:
-    """Keep the arrays of a pass, as hard links: they take no room until others replace them.
+    """Keep the arrays of a pass, as hard links: they take no room of their own until others replace them.
 
-    Where a disk knows no hard links nothing is kept, and the next pass looks at every row.
+    DVC replaces them with a copy from its cache, unless its ``cache.type`` is a link. Where a disk knows no
+    hard links nothing is kept, and the next pass looks at every row.
     """
     try:
         with written_whole(folder) as partial:
