@@ -67,9 +67,9 @@ def processes() -> int:
 def keep_memory() -> None:
     """Let this process keep the memory that it frees, for the next time.
 
-    Training takes and frees hundreds of MB at each step. glibc would give every large block back to the
-    system, which clears each page anew: a third of a step of EfficientNet-Lite0 on a CPU. Elsewhere nothing
-    happens.
+    A network takes and frees hundreds of MB at each step. glibc would give every large block back to the
+    system, which clears each page anew: a third of the time of EfficientNet-Lite0 on a CPU, trained or asked.
+    Elsewhere nothing happens. For processes of our own: it holds for all that runs in this one.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

@@ -353,6 +353,7 @@ def features(recipe: Recipe, layout: Layout) -> None:
         HeadstartError: the manifest or the backbone is missing, or they do not fit together; a layer does not
             exist, an image cannot be read, a vector is not finite, or the disk is full.
     """
+    devices.keep_memory()
     table, items, digest = _rows(recipe, layout)
     wanted = recipe.features.compile
     compiled = len(items) >= COMPILE_FROM[recipe.modality] if wanted is None else wanted

@@ -115,6 +115,9 @@ def score(
             a damaged table; tables of different columns; an output of an unknown kind or one that cannot be
             written.
     """
+    from headstart import devices
+
+    devices.keep_memory()
     start, model = time.monotonic(), version.model
     if output is not None and output.suffix.lower() not in TABLES:
         raise HeadstartError(
