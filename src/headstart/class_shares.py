@@ -88,7 +88,7 @@ def mlls(source_prior: Floats, target_probabilities: Floats) -> Floats:
         ValueError: shapes that do not fit, no rows, rows that do not sum to 1, a source share of 0.
     """
     p = distributions(target_probabilities, "target probabilities")
-    prior = _prior(source_prior, p.shape[1], "source prior", positive=True)
+    prior = _prior(source_prior, p.shape[1])
     return _most_likely(prior, p, np.full(len(p), 1 / len(p)))
 
 
@@ -344,10 +344,10 @@ def distributions(p: Floats, name: str) -> Floats:
     return p
 
 
-def _prior(prior: Floats, k: int, name: str, positive: bool = False) -> Floats:
+def _prior(prior: Floats, k: int) -> Floats:
     if prior.shape != (k,):
-        raise ValueError(f"{name} of shape {prior.shape} does not fit {k} classes")
-    prior = distributions(prior[None], name)[0]
-    if positive and not prior.all():
-        raise ValueError(f"{name} must be positive for every class")
+        raise ValueError(f"source prior of shape {prior.shape} does not fit {k} classes")
+    prior = distributions(prior[None], "source prior")[0]
+    if not prior.all():
+        raise ValueError("source prior must be positive for every class")
     return prior

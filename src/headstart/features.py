@@ -358,7 +358,9 @@ def features(recipe: Recipe, layout: Layout) -> None:
     wanted = recipe.features.compile
     compiled = len(items) >= COMPILE_FROM[recipe.modality] if wanted is None else wanted
     # Rows that come later must not change how those of before are computed.
-    first = np.flatnonzero(table["batch"] == "") if (table["batch"] == "").any() else np.arange(len(items))
+    first = np.flatnonzero(table["batch"] == "")
+    if not len(first):
+        first = np.arange(len(items))
     arithmetic = arithmetic_for(
         layout.weights,
         recipe.features,
@@ -381,7 +383,8 @@ def features(recipe: Recipe, layout: Layout) -> None:
     made = _digest(extractor, arithmetic, described | {"compiled": compiled})
     names = ["features", "pixels"] if channels else ["features"]
     digests = table["digest"].to_numpy().astype("S64")
-    known = earlier.read(layout.work / "extracted", made, digests, names)
+    kept = layout.work / "extracted"
+    known = earlier.read(kept, made, digests, names)
     if len(known.here):
         log.info("%d of %d rows are known from the last pass", len(known.here), len(items))
     described |= {"rows": len(items), "manifest_sha256": digest}
@@ -397,9 +400,7 @@ def features(recipe: Recipe, layout: Layout) -> None:
         for array in sorted(work.glob("*.npy"), reverse=True):
             shutil.move(array, folder / array.name)  # the last steps: what fails before can be repeated
     shutil.rmtree(layout.work / "features", ignore_errors=True)
-    earlier.keep(
-        layout.work / "extracted", made, digests, [layout.features / f"{name}.npy" for name in names]
-    )
+    earlier.keep(kept, made, digests, [layout.features / f"{name}.npy" for name in names])
 
 
 def arithmetic_for(

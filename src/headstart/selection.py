@@ -13,7 +13,7 @@ import numpy as np
 
 from headstart.adaptation import MEMBERS, METHODS, MOVING, PENALTY, Source, adapt, agreed, scaling
 from headstart.class_shares import calibrated
-from headstart.heads import Features, Head, moments
+from headstart.heads import Features, Head
 from headstart.metrics import TINY, Floats, Ints
 
 # A class named less often than so many times its share on the source shows that the head is lost. Of
@@ -177,10 +177,11 @@ def found_again(head: Head, target: Features, shares: Floats) -> tuple[Head, str
     how = f"the head expects a class {kept:.2f} times as often as where it comes from"
     if kept >= LOST:
         return head, f"{how}: at least {LOST}, so it starts as it is"
-    mean, scale = moments(target, np.full(len(target), 1 / len(target)))
-    return replace(
-        head, mean=mean, scale=scale
-    ), f"{how}: less than {LOST}, so it starts by their own moments"
+    own = scaling(target)
+    return (
+        replace(head, mean=own.mean, scale=own.scale),
+        f"{how}: less than {LOST}, so it starts by their own moments",
+    )
 
 
 def _named(answers: Floats) -> Floats:
