@@ -27,7 +27,7 @@ from headstart import environment
 from headstart.layout import Layout
 from headstart.recipe import load
 from tasks import versioning
-from tasks.ingest import ingest
+from tasks.ingest import ingest, unmonitored
 from tasks.promote import promote
 from tasks.receive import receive
 from tasks.recovery import recoverable
@@ -119,18 +119,23 @@ def retrain(recipe: str, reason: str = ASKED, force: bool = False) -> State[Outc
 def _retrain(root: Path, recipe: str, reason: str, force: bool) -> State[Outcome]:
     chosen, layout = load(root / "recipes" / f"{recipe}.yaml"), Layout(root, recipe)
     steps: list[Step] = []
+    unreported = layout.work / "unreported"  # a mark that the page may be of an earlier model
+    behind = unreported.exists()
+    unreported.parent.mkdir(parents=True, exist_ok=True)
+    unreported.touch()
 
     with timed(steps, "ingest") as step:
         step.outcome = ingest(chosen, layout)
     with timed(steps, "receive") as step:
         received = receive(chosen, layout, wait=reason == ASKED)  # a person would only have to come again
         step.outcome = "ran" if received.accepted else "rejected" if received.rejected else "fresh"
-    if received.accepted:
+    if unmonitored(layout).exists():  # batches of this run, or of one that was killed
         with timed(steps, "monitor") as step:
             from tasks.monitor import monitor  # with all of scipy, which most runs can do without
 
             drift = monitor(chosen, layout)
             step.outcome = "ran" if drift else "fresh"
+        unmonitored(layout).unlink()
         if drift and drift.alarm:
             reason = f"{reason}; {drift.reason}"
     for stage in versioning.order(root, recipe):
@@ -148,9 +153,10 @@ def _retrain(root: Path, recipe: str, reason: str, force: bool) -> State[Outcome
         step.outcome = "ran" if decided.new else "fresh"
     page = layout.report / "report.html"
     with timed(steps, "report") as step:
-        if not page.exists() or any(step.outcome != "fresh" for step in steps):
+        if behind or not page.exists() or any(step.outcome != "fresh" for step in steps):
             report(chosen, layout, decided)
             step.outcome = "ran"
+    unreported.unlink()
 
     from headstart.evaluation import headline
 

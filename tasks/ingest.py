@@ -63,6 +63,7 @@ def alone(layout: Layout) -> Iterator[None]:
 def brought(recipe: Recipe, layout: Layout, log: Callable[[str], None]) -> str:
     """The same as ``bring``, for whoever has that right already."""
     list_recipe(layout)
+    layout.work.mkdir(parents=True, exist_ok=True)
     outcome = "fresh"
     if not layout.raw.exists() and versioning.restore_data(layout.root, recipe.name):
         outcome = "restored"
@@ -109,6 +110,11 @@ def version(recipe: Recipe, layout: Layout, log: Callable[[str], None]) -> bool:
 def unpushed(layout: Layout) -> Path:
     """A mark that there are batches which no remote has."""
     return layout.work / "unpushed"
+
+
+def unmonitored(layout: Layout) -> Path:
+    """A mark that there are batches which nobody has compared with what the champion knows."""
+    return layout.work / "unmonitored"
 
 
 def list_recipe(layout: Layout) -> None:
@@ -161,7 +167,7 @@ def _digest(path: Path, layout: Layout) -> str:
         digest = known[2] if known and known[:2] == seen else sha256_of(file)
         fresh[str(file)] = [*seen, digest]
         name = file.relative_to(path).as_posix() if file != path else file.name
-        whole.update(f"{name}\0{digest}\n".encode())
+        whole.update(f"{name}\0{digest}\n".encode("utf-8", "surrogateescape"))  # as the disk has the name
     state_file.parent.mkdir(parents=True, exist_ok=True)
     state_file.write_text(json.dumps(fresh), encoding="utf-8")
     return whole.hexdigest()

@@ -19,7 +19,7 @@ from headstart.layout import EARLIER_SPLITS, Layout
 from headstart.recipe import Recipe
 from headstart.validation import shown
 from tasks.events import emit
-from tasks.ingest import alone, brought, earlier_splits, unpushed, version
+from tasks.ingest import alone, brought, earlier_splits, unmonitored, unpushed, version
 from tasks.stage import PATIENT
 
 
@@ -80,7 +80,8 @@ def take(recipe: Recipe, layout: Layout, log: Callable[[str], None], wait: bool 
             reasons = inbox.check(recipe, layout, name)
             if reasons.empty:
                 _keep_splits(layout)
-                unpushed(layout).touch()
+                for mark in (unpushed(layout), unmonitored(layout)):  # before: a kill may come after
+                    mark.touch()
                 inbox.accept(layout, name)
                 received.accepted.append(name)
                 log(f"batch {name} is accepted")

@@ -111,25 +111,25 @@ def write_recipe(path: Path, **blocks: object) -> None:
 
 def write_text_project(root: Path, name: str = "moods", rows: int = 240) -> None:
     """Data, backbone and recipe of a small text classification."""
-    write_texts(root / "inbox" / f"{name}.csv", rows)
-    write_bert(root / "inbox" / "bert")
+    write_texts(root / "start" / f"{name}.csv", rows)
+    write_bert(root / "start" / "bert")
     write_recipe(
         root / "recipes" / f"{name}.yaml",
-        ingest={"source": f"file:inbox/{name}.csv"},
+        ingest={"source": f"file:start/{name}.csv"},
         validate={"adapter": "table", "columns": {"text": "body", "label": "mood", "domain": "shop"}},
-        fetch={"backbone": "transformers:bert", "source": "file:inbox/bert"},
+        fetch={"backbone": "transformers:bert", "source": "file:start/bert"},
     )
 
 
 def write_image_project(root: Path, name: str = "photos", per_class: int = 30) -> None:
     """Data, backbone and recipe of a small image classification."""
-    write_images(root / "inbox" / name, per_class)
-    write_efficientnet(root / "inbox" / "efficientnet.safetensors")
+    write_images(root / "start" / name, per_class)
+    write_efficientnet(root / "start" / "efficientnet.safetensors")
     write_recipe(
         root / "recipes" / f"{name}.yaml",
-        ingest={"source": f"file:inbox/{name}"},
+        ingest={"source": f"file:start/{name}"},
         validate={"adapter": "image_folder"},
-        fetch={"backbone": "timm:test_efficientnet", "source": "file:inbox/efficientnet.safetensors"},
+        fetch={"backbone": "timm:test_efficientnet", "source": "file:start/efficientnet.safetensors"},
         features={"image_size": 64},
     )
 
@@ -137,15 +137,15 @@ def write_image_project(root: Path, name: str = "photos", per_class: int = 30) -
 def write_cameras_project(root: Path, name: str = "cameras", **train: object) -> None:
     """Pictures of two cameras, of which the second is paler, and a recipe that adapts to it."""
     for camera in ("old", "new"):
-        write_images(root / "inbox" / name / camera, 40, seed=int(camera == "new"))
-    for path in (root / "inbox" / name / "new").rglob("*.png"):
+        write_images(root / "start" / name / camera, 40, seed=int(camera == "new"))
+    for path in (root / "start" / name / "new").rglob("*.png"):
         _fade(path)
-    write_efficientnet(root / "inbox" / "efficientnet.safetensors")
+    write_efficientnet(root / "start" / "efficientnet.safetensors")
     write_recipe(
         root / "recipes" / f"{name}.yaml",
-        ingest={"source": f"file:inbox/{name}"},
+        ingest={"source": f"file:start/{name}"},
         validate={"adapter": "tests.examples:cameras", "target_domain": "new", "near_duplicates": False},
-        fetch={"backbone": "timm:test_efficientnet", "source": "file:inbox/efficientnet.safetensors"},
+        fetch={"backbone": "timm:test_efficientnet", "source": "file:start/efficientnet.safetensors"},
         features={"image_size": 32, "packed": True, "precision": "float32"},
         train={"method": "domain_adaptation", "tune": True, "frozen_below": 0, "epochs": 2, "batch": 8}
         | train,
@@ -175,8 +175,8 @@ def prepared(root: Path, name: str) -> tuple[Recipe, Layout]:
 
     recipe, layout = recipes.load(root / "recipes" / f"{name}.yaml"), Layout(root, name)
     layout.raw.mkdir(parents=True)
-    inbox = root / recipe.ingest.source.removeprefix("file:")
-    (shutil.copytree if inbox.is_dir() else shutil.copy2)(inbox, layout.raw / inbox.name)
+    start = root / recipe.ingest.source.removeprefix("file:")
+    (shutil.copytree if start.is_dir() else shutil.copy2)(start, layout.raw / start.name)
     for stage in ("validate", "fetch", "features"):
         stages.run(stage, recipe, layout)
     return recipe, layout

@@ -27,7 +27,7 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
 def prepared(project: Project) -> list[dict[str, str]]:
     """A recipe that knows shop a and waits for shop b, whose texts are longer; returns those of b."""
     examples.write_text_project(project.root, rows=480)
-    source = project.root / "inbox/moods.csv"
+    source = project.root / "start/moods.csv"
     with source.open(encoding="utf-8") as file:
         rows = [{"id": f"row-{i}"} | line for i, line in enumerate(csv.DictReader(file))]
     known, others = ([row for row in rows if row["shop"] == shop] for shop in "ab")
@@ -37,9 +37,9 @@ def prepared(project: Project) -> list[dict[str, str]]:
     columns = {"id": "id", "text": "body", "label": "mood", "domain": "shop"}
     examples.write_recipe(
         project.root / "recipes/moods.yaml",
-        ingest={"source": "file:inbox/moods.csv", "settle": 0},
+        ingest={"source": "file:start/moods.csv", "settle": 0},
         validate={"adapter": "table", "columns": columns, "source_domains": ["a"], "target_domain": "b"},
-        fetch={"backbone": "transformers:bert", "source": "file:inbox/bert"},
+        fetch={"backbone": "transformers:bert", "source": "file:start/bert"},
         train={"method": "domain_adaptation"},
         monitor={"permutations": 200},
     )

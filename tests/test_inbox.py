@@ -190,11 +190,19 @@ def test_a_batch_that_changes_while_it_is_copied_stays_where_it_is(
 def test_the_source_is_no_batch_though_it_lies_in_the_inbox(tmp_path: Path) -> None:
     layout = pictures(tmp_path)
     shutil.copytree(layout.raw, layout.inbox)
-    assert take(recipe(PICTURES, source="file:inbox/case"), layout) == {}
     (layout.inbox / "start").mkdir()
     shutil.copy(next(layout.raw.rglob("*.png")), layout.inbox / "start/x.png")
     assert take(recipe(PICTURES, source="file:inbox/case/start"), layout).keys() == {"dark", "light"}
     assert files(layout.inbox) == ["start/x.png"]
+
+
+@pytest.mark.parametrize("source", ["file:inbox/case", "file:inbox", "file:."])
+def test_a_source_that_holds_the_inbox_is_an_error(source: str, tmp_path: Path) -> None:
+    layout = pictures(tmp_path)
+    layout.inbox.mkdir(parents=True)
+    with pytest.raises(HeadstartError, match="the source holds the inbox") as caught:
+        take(recipe(PICTURES, source=source), layout)
+    assert "another folder in `ingest: inbox:`" in str(caught.value)
 
 
 # What becomes of it
@@ -252,17 +260,27 @@ def test_a_rejected_batch_that_is_mended_in_its_place_or_brought_again_is_looked
     tmp_path: Path,
 ) -> None:
     layout = texts(tmp_path)
-    for name in ("one.csv", "two.csv"):
+    for name in ("one.csv", "two.csv", "three.csv"):
         drop(layout, name, f"body,mood,shop\n{name} is here,angry,a\n")
     assert all(len(reasons) == 1 for reasons in take(recipe(), layout).values())
-    for name in ("one", "two"):
+    for name in ("one", "two", "three"):
         table = layout.quarantine / name / f"{name}.csv"
         table.write_text(table.read_text().replace("angry", "happy"))
     (layout.quarantine / "one/reasons.csv").unlink()
     (layout.quarantine / "two").rename(layout.inbox / "two")
+    (layout.quarantine / "three").rename(layout.inbox / "three")
+    (layout.inbox / "three/.batch.json").unlink()  # as a copy without hidden files has it
     take(recipe(), layout)
-    assert batches.names(layout) == ["one", "two"]
-    assert files(layout.batches / "two") == [".batch.json", "two.csv"]
+    assert batches.names(layout) == ["one", "three", "two"]
+    for name in ("two", "three"):
+        assert files(layout.batches / name) == [".batch.json", f"{name}.csv"]
+
+
+def test_a_table_that_is_called_as_the_reasons_are_is_a_batch_like_any_other(tmp_path: Path) -> None:
+    layout = texts(tmp_path)
+    drop(layout, "monday/reasons.csv")
+    assert take(recipe(), layout)["monday"].empty
+    assert files(layout.batches / "monday") == [".batch.json", "batch-reasons.csv"]
 
 
 @pytest.mark.parametrize("kind", ["memory", "file"])

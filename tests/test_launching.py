@@ -30,9 +30,9 @@ TWO = {"HEADSTART_PROCESSES": "2"}
 def write_recipe(project: Project, **train: Any) -> None:
     examples.write_recipe(
         project.root / "recipes/photos.yaml",
-        ingest={"source": "file:inbox/photos"},
+        ingest={"source": "file:start/photos"},
         validate={"adapter": "image_folder"},
-        fetch={"backbone": "timm:test_efficientnet", "source": "file:inbox/efficientnet.safetensors"},
+        fetch={"backbone": "timm:test_efficientnet", "source": "file:start/efficientnet.safetensors"},
         features={"image_size": 64, "packed": True},
         train=TRAIN | train,
     )

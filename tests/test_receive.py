@@ -50,6 +50,7 @@ def test_a_good_batch_is_versioned_pushed_and_moves_no_row_and_outlives_a_change
     examples.write_texts(project.root / "inbox/moods/monday.csv", 60, start=240)
     printed = project.ok("headstart", "receive", "recipes/moods.yaml")
     assert printed.splitlines()[-1] == "moods: batches: 1 accepted (monday), pushed"
+    assert (project.root / ".headstart/moods/unmonitored").exists()  # for the next run to make up for
     assert project.ok("dvc", "status", "data.dvc", "--json").strip() == "{}"
     assert files(project.root / "inbox/moods") == []
     elsewhere = tmp_path / "elsewhere"  # a clone without the source
@@ -63,7 +64,7 @@ def test_a_good_batch_is_versioned_pushed_and_moves_no_row_and_outlives_a_change
     assert len(rows) == 300
     assert rows.loc[before.index, "split"].equals(before)
 
-    examples.write_texts(project.root / "inbox/moods.csv", 280)  # of which 40 are those of the batch
+    examples.write_texts(project.root / "start/moods.csv", 280)  # of which 40 are those of the batch
     project.ok("headstart", "ingest", "recipes/moods.yaml")
     project.ok("dvc", "repro", "validate@moods")
     assert project.ok("dvc", "status", "--cloud", "data.dvc", "--json").strip() == "{}"
@@ -75,7 +76,7 @@ def test_a_good_batch_is_versioned_pushed_and_moves_no_row_and_outlives_a_change
 def test_a_bad_batch_leaves_the_versioned_data_as_they_are_to_the_byte(project: Project) -> None:
     before = versioned(project)
     bad = project.root / "inbox/moods/monday.csv"
-    bad.parent.mkdir()
+    bad.parent.mkdir(parents=True)
     bad.write_text("body,mood,shop\n" + "fine,angry,a\n" * 30)
     done = project("headstart", "receive", "recipes/moods.yaml")
     assert done.returncode == 1

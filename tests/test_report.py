@@ -48,9 +48,9 @@ PROMOTED = REFUSED | {
 def through(root: Path, name: str) -> tuple[Recipe, Layout]:
     """Run every stage of a recipe in this process."""
     recipe, layout = load(root / "recipes" / f"{name}.yaml"), Layout(root, name)
-    inbox = root / recipe.ingest.source.removeprefix("file:")
+    start = root / recipe.ingest.source.removeprefix("file:")
     layout.raw.mkdir(parents=True)
-    (shutil.copytree if inbox.is_dir() else shutil.copy2)(inbox, layout.raw / inbox.name)
+    (shutil.copytree if start.is_dir() else shutil.copy2)(start, layout.raw / start.name)
     for stage in stages.STAGES:
         stages.run(stage, recipe, layout)
     return recipe, layout
@@ -66,7 +66,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[R
     root = tmp_path_factory.mktemp("reported")
     (root / "recipes").mkdir()
     examples.write_text_project(root, rows=360)
-    csv = root / "inbox" / "moods.csv"
+    csv = root / "start" / "moods.csv"
     table = pd.read_csv(csv)
     table.loc[::3, "mood"] = HOSTILE  # a third class, of good and bad words alike: hard to tell
     table["body"] += " <img src=x onerror=alert(1)> & <b>bold</b>"
@@ -75,21 +75,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[R
     recipe.write_text("# from https://user:password@example.com/moods.csv\n" + recipe.read_text())
     examples.write_image_project(root)
     for i in range(0, 30, 4):  # wrong labels, for mistakes
-        dark, light = (root / "inbox" / "photos" / side / f"{i:03}.png" for side in ("dark", "light"))
+        dark, light = (root / "start" / "photos" / side / f"{i:03}.png" for side in ("dark", "light"))
         dark.rename(light.with_name("swap.png"))
         light.rename(dark)
         light.with_name("swap.png").rename(light)
     examples.write_text_project(root, "moved")
-    csv = root / "inbox" / "moved.csv"
+    csv = root / "start" / "moved.csv"
     table = pd.read_csv(csv)
     table.loc[table["shop"] == "b", "body"] += " & it was a plan to watch the garden"
     table.to_csv(csv, index=False)
     examples.write_recipe(
         root / "recipes" / "moved.yaml",
-        ingest={"source": "file:inbox/moved.csv"},
+        ingest={"source": "file:start/moved.csv"},
         validate={"adapter": "table", "columns": {"text": "body", "label": "mood", "domain": "shop"}}
         | {"target_domain": "b"},
-        fetch={"backbone": "transformers:bert", "source": "file:inbox/bert"},
+        fetch={"backbone": "transformers:bert", "source": "file:start/bert"},
         train={"method": "domain_adaptation", "adaptation": "standardisation"},
     )
     os.chdir(root)

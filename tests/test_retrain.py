@@ -64,7 +64,7 @@ def test_images_go_the_same_way_as_texts(project: Project) -> None:
 def test_repro_alone_gives_the_bytes_that_the_flow_gives(texts: tuple[Project, str], tmp_path: Path) -> None:
     flow = texts[0]
     alone = clone(tmp_path / "project", flow.environment)
-    shutil.copytree(flow.root / "inbox", alone.root / "inbox")
+    shutil.copytree(flow.root / "start", alone.root / "start")
     shutil.copy(flow.root / "recipes/moods.yaml", alone.root / "recipes/moods.yaml")
     alone.ok("headstart", "ingest", "recipes/moods.yaml")
     alone.ok("dvc", "repro")
@@ -83,6 +83,20 @@ def test_a_second_run_does_no_work_and_registers_nothing(finished: Project) -> N
     assert "moods: nothing changed, nothing done" in printed
     assert "already registered as moods version 1" in printed
     assert contents(finished.root) == before
+
+
+def test_what_a_killed_run_left_undone_is_made_up_for_though_every_stage_is_fresh(finished: Project) -> None:
+    page = finished.root / "reports/moods/report.html"
+    page.write_text("of an earlier model")
+    marks = [finished.root / f".headstart/moods/{name}" for name in ("unreported", "unmonitored")]
+    assert not any(mark.exists() for mark in marks)
+    for mark in marks:
+        mark.touch()
+    printed = finished.ok("headstart", "run", "recipes/moods.yaml")
+    assert "moods: report ran; " in printed
+    assert "no batch has come since" in printed  # so it was compared
+    assert "of an earlier model" not in page.read_text()
+    assert not any(mark.exists() for mark in marks)
 
 
 def test_a_changed_training_parameter_reruns_only_train_and_what_follows_and_going_back_restores(
@@ -167,13 +181,15 @@ def test_a_domain_without_labels_is_adapted_to_registered_and_served(
 def test_a_registered_model_goes_on_where_none_of_its_rows_are(finished: Project) -> None:
     root = finished.root
     manifest = pd.read_parquet(root / "manifest/moods/manifest.parquet")
-    (root / "inbox/elsewhere").mkdir()
-    manifest.loc[manifest["domain"] == "b", ["text", "label"]].to_csv(root / "inbox/elsewhere/rows.csv")
+    (root / "start/elsewhere").mkdir()
+    manifest.loc[manifest["domain"] == "b", ["text", "label"]].to_csv(root / "start/elsewhere/rows.csv")
     finished.ok("headstart", "export", "moods", "--version", "1", "--output", "given")
     again = finished("headstart", "export", "moods", "--version", "1", "--output", "given")
     assert "there is something already" in again.stderr
+    finished.ok("sh", "-c", "cd start && headstart export moods --onnx --output moods.onnx")
+    assert (root / "start/moods.onnx").exists() and not (root / "moods.onnx").exists()
     recipe = yaml.safe_load((root / "recipes/moods.yaml").read_text())
-    recipe["ingest"]["source"] = "file:inbox/elsewhere"
+    recipe["ingest"]["source"] = "file:start/elsewhere"
     recipe["validate"] = {"adapter": "table", "target_domain": "all", "near_duplicates": False}
     recipe["fetch"] = {"backbone": recipe["fetch"]["backbone"], "source": "file:given"}
     recipe["features"] = {"packed": True, "precision": "float32"}
@@ -250,7 +266,7 @@ def test_a_model_that_the_tree_no_longer_explains_is_not_registered(finished: Pr
 
 def test_new_rows_join_without_moving_old_ones(finished: Project) -> None:
     old = pd.read_parquet(finished.root / "manifest/moods/manifest.parquet").set_index("id")["split"]
-    examples.write_texts(finished.root / "inbox/moods.csv", rows=400)
+    examples.write_texts(finished.root / "start/moods.csv", rows=400)
     printed = finished.ok("headstart", "run", "recipes/moods.yaml")
     assert "ingest ran" in printed
     new = pd.read_parquet(finished.root / "manifest/moods/manifest.parquet").set_index("id")["split"]
@@ -260,7 +276,7 @@ def test_new_rows_join_without_moving_old_ones(finished: Project) -> None:
 
 def test_a_bad_file_stops_the_run_with_the_stages_own_words(project: Project) -> None:
     examples.write_image_project(project.root)
-    broken = project.root / "inbox/photos/dark/000.png"
+    broken = project.root / "start/photos/dark/000.png"
     broken.write_bytes(broken.read_bytes()[:600])
     done = project("headstart", "run", "recipes/photos.yaml")
     assert done.returncode == 1

@@ -245,6 +245,12 @@ def fetched(*arguments: str, **environment: str) -> tuple[Path, str]:
     return Path(done.stdout.strip() or "none"), done.stderr
 
 
+def test_a_folder_has_a_digest_whatever_bytes_its_names_are(tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg"))
+    odd.write_bytes(b"1")
+    assert len(sources.digest_of(tmp_path)) == 64
+
+
 def test_a_model_comes_from_the_hub_that_hf_endpoint_names_without_what_nobody_needs(
     hub: Loopback, tmp_path: Path
 ) -> None:

@@ -45,7 +45,7 @@ def started(
     recipe = project.root / "recipes/moods.yaml"
     text = recipe.read_text().replace('"domain": "shop"}', '"domain": "shop", "split": "split"}')
     recipe.write_text(text.replace("train: {}", 'train: {"l2": [0.1]}'))
-    write(project.root / "inbox/moods.csv", noise=1.0)
+    write(project.root / "start/moods.csv", noise=1.0)
     return project, project.ok("headstart", "run", "recipes/moods.yaml")
 
 
@@ -56,7 +56,7 @@ def project(started: tuple[Project, str], tmp_path: Path) -> Project:
 
 def retrained(project: Project, *, noise: float, seed: int = 0) -> str:
     """The last line of a run on labels with so much noise."""
-    write(project.root / "inbox/moods.csv", noise)
+    write(project.root / "start/moods.csv", noise)
     recipe = project.root / "recipes/moods.yaml"
     recipe.write_text(re.sub(r"train: .*", f'train: {{"seed": {seed}, "l2": [0.1]}}', recipe.read_text()))
     return project.ok("headstart", "run", "recipes/moods.yaml").strip().splitlines()[-1]
@@ -221,7 +221,7 @@ print(step)
 
 def test_killed_at_any_write_registering_and_promoting_again_end_as_if_undisturbed(project: Project) -> None:
     recipe = project.root / "recipes/moods.yaml"
-    write(project.root / "inbox/moods.csv", noise=0.0)
+    write(project.root / "start/moods.csv", noise=0.0)
     recipe.write_text(recipe.read_text().replace('"l2": [0.1]', '"seed": 1, "l2": [0.1]'))
     project.ok("headstart", "ingest", "recipes/moods.yaml")
     project.ok("dvc", "repro")

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks import versioning
+from headstart.layout import Layout
+from tasks import ingest, versioning
 from tests.conftest import Project, isolated
 
 GRAPH = """
@@ -49,3 +50,13 @@ def test_a_stage_ends_when_a_timeout_or_a_stop_ends_the_wait_for_it(
     assert asleep
     _, alive = psutil.wait_procs(asleep, 20)
     assert not alive
+
+
+def test_a_source_is_known_by_its_content_whatever_bytes_its_names_are(tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/photos/caf\xe9.jpg"))
+    odd.parent.mkdir()
+    odd.write_bytes(b"1")
+    layout = Layout(tmp_path, "photos")
+    first = ingest._digest(odd.parent, layout)
+    odd.write_bytes(b"22")
+    assert ingest._digest(odd.parent, layout) != first

@@ -118,7 +118,7 @@ def text_case(root: Path) -> tuple[Path, packs.Sentences, np.ndarray[Any, np.dty
 
     layout = Layout(root, "moods")
     fetching.fetch(recipe.load(root / "recipes/moods.yaml"), layout)
-    table = pd.read_csv(root / "inbox/moods.csv")
+    table = pd.read_csv(root / "start/moods.csv")
     tokens = texts.tokenise(table["body"].tolist(), layout.weights / "tokenizer.json", 64)
     return layout.weights, packs.Sentences(tokens, 0), (table["mood"] == "happy").to_numpy(np.int64)
 

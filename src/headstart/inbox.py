@@ -302,8 +302,8 @@ def _copied(inbox: Inbox, name: str, fingerprint: str, target: Path, layout: Lay
             else:
                 shutil.copy2(came, content / came.name)
             fault = ["readable", came.name, " ".join([error.what, *error.table]), error.do]
-        if (content / batches.ABOUT).exists():  # it was in quarantine before, and is brought again
-            (content / REASONS).unlink(missing_ok=True)
+        if (content / REASONS).exists():  # that name says that a batch is rejected
+            _set_aside(content / REASONS)
         folders = [folder for parent in (layout.quarantine, layout.batches) for folder in parent.glob("*")]
         number = 1 + max((_about(folder).get("number", 0) for folder in folders), default=0)
         about = {"number": number, "kind": "rows", "entry": name} | ({"fault": fault} if fault else {})
@@ -315,6 +315,13 @@ def _copied(inbox: Inbox, name: str, fingerprint: str, target: Path, layout: Lay
             content.rename(target)
         shutil.rmtree(partial)
     return same
+
+
+def _set_aside(path: Path) -> None:
+    """Remove reasons that a batch brings along from an earlier look; any other table gets another name."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        ours = file.readline().strip() == ",".join(schemas.COLUMNS)
+    path.unlink() if ours else path.rename(path.with_name(f"batch-{path.name}"))
 
 
 # The inbox itself
@@ -331,7 +338,11 @@ class Inbox:
 
     @classmethod
     def of(cls, recipe: Recipe, layout: Layout) -> Inbox:
-        """The inbox of a recipe."""
+        """The inbox of a recipe.
+
+        Raises:
+            HeadstartError: the source holds the inbox, or the store cannot be reached (transient).
+        """
         import fsspec
 
         given = recipe.ingest.inbox or str(layout.inbox)
@@ -344,10 +355,14 @@ class Inbox:
         uri, _ = sources.split_fragment(recipe.ingest.source)
         if uri.startswith("file:"):
             source = (layout.root / sources.local(uri)).resolve()
-            if source.is_relative_to(here) and source != here:
+            if here.is_relative_to(source):
+                raise HeadstartError(
+                    "the source holds the inbox, so nobody could tell a new batch from what is there",
+                    where=f"ingest.source {recipe.ingest.source}, inbox {here}",
+                    do="keep the source elsewhere, or name another folder in `ingest: inbox:`",
+                )
+            if source.is_relative_to(here):  # the source itself is no batch, whatever it is called
                 apart.add(source.relative_to(here).parts[0])
-            elif here.is_relative_to(source):  # the source itself is no batch, whatever it is called
-                apart |= {path.name for path in here.glob("*")}
         return cls(given, fsspec.filesystem("file"), str(here), frozenset(apart))
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,13 +101,18 @@ def unwritable_named(folder: Path) -> Iterator[None]:
     """Turn a full or read-only disk, met while ``folder`` is being made, into words.
 
     Raises:
-        HeadstartError: the disk is full or not writable.
+        HeadstartError: the disk is full or not writable, or something else may not be read.
     """
     try:
         yield
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
+        met = Path(os.fsdecode(error.filename)).absolute() if error.filename else folder
+        if error.errno == errno.EACCES and not met.is_relative_to(folder.parent.absolute()):
+            raise HeadstartError(
+                f"no permission for {met.name}", str(met), "mend it, then run the same command again"
+            ) from error
         raise HeadstartError(
             f"could not write {folder.name}: {error.strerror}",
             where=str(error.filename or folder),
@@ -118,21 +124,28 @@ def unwritable_named(folder: Path) -> Iterator[None]:
 def written_whole(folder: Path) -> Iterator[Path]:
     """Yield a temporary sibling of ``folder`` that takes its place on success.
 
-    A failure or a kill inside the block leaves ``folder`` as it was.
+    A failure or a kill inside the block leaves ``folder`` as it was; a kill after it leaves the old one, none
+    or the new one, and never a part of one.
 
     Raises:
         HeadstartError: the disk is full or not writable.
     """
     partial = folder.with_name(f".{folder.name}.partial")
+    old = folder.with_name(f".{folder.name}.old.partial")
     try:
         with unwritable_named(folder):
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in (partial, old):
+                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
             yield partial
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.replace(folder)
+            if folder.exists():
+                folder.rename(old)  # deleting it takes time, in which a kill would leave half of it
+            partial.rename(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def sha256_of(path: Path) -> str:

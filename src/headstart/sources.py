@@ -88,7 +88,8 @@ def digest_of(path: Path) -> str:
         return sha256_of(path)
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     lines = "".join(f"{name}\0{sha256_of(path / name)}\n" for name in names)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    # A name is whatever bytes the disk has.
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _offline() -> bool:
@@ -370,5 +371,5 @@ KINDS = {
     ),
     "https": Kind(r"//[^\s/]+\S*", "write it as https://example.com/data.zip", _from_web),
     "http": Kind(r"//[^\s/]+\S*", "write it as http://example.com/data.zip", _from_web),
-    "file": Kind(r"(?s).+", "write it as file:inbox/photos", None),
+    "file": Kind(r"(?s).+", "write it as file:path/to/photos", None),
 }

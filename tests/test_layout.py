@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headstart.errors import HeadstartError
+from headstart.layout import written_whole
+
+
+def filled(folder: Path, *names: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_text(name)
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_takes_the_place_of_the_one_before_it(tmp_path: Path) -> None:
+    target = filled(tmp_path / "data", "old")
+    with written_whole(target) as folder:
+        filled(folder, "new")
+        assert names(target) == ["old"]
+    assert names(target) == ["new"]
+    assert names(tmp_path) == ["data"]
+
+
+def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+    target = filled(tmp_path / "data", "old")
+    with pytest.raises(RuntimeError), written_whole(target) as folder:
+        filled(folder, "new")
+        raise RuntimeError
+    assert names(target) == ["old"]
+    assert names(tmp_path) == ["data"]
+
+
+def test_a_kill_while_the_old_folder_is_deleted_leaves_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = filled(tmp_path / "data", *map(str, range(9)))
+    delete = shutil.rmtree
+
+    def cut_short(path: Path, **how: Any) -> None:
+        if Path(path).exists() and names(Path(path))[:1] == ["0"]:  # as the old one has it
+            (Path(path) / "0").unlink()
+            os._exit(0)
+        delete(path, **how)
+
+    if not (child := os.fork()):
+        monkeypatch.setattr(shutil, "rmtree", cut_short)
+        with written_whole(target) as folder:
+            filled(folder, "new")
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert names(target) == ["new"]
+    with written_whole(target) as folder:  # what was left over is in nobody's way
+        filled(folder, "newer")
+    assert names(tmp_path) == ["data"]
+    assert names(target) == ["newer"]
+
+
+def test_an_error_between_the_two_renames_brings_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = filled(tmp_path / "data", "old")
+    rename = Path.rename
+
+    def refused(path: Path, to: Path) -> Path:
+        if path.name == ".data.partial":
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), written_whole(target) as folder:
+        filled(folder, "new")
+        patch.setattr(Path, "rename", refused)
+    assert names(target) == ["old"]
+    assert names(tmp_path) == ["data"]
+
+
+def test_what_may_not_be_read_is_not_called_what_could_not_be_written(tmp_path: Path) -> None:
+    secret = tmp_path / "elsewhere/secret.csv"
+    refusal = PermissionError(13, "Permission denied", str(secret))
+    with (
+        pytest.raises(HeadstartError, match=r"no permission for secret\.csv"),
+        written_whole(tmp_path / "data/case"),
+    ):
+        raise refusal
+    inside = PermissionError(13, "Permission denied", str(tmp_path / "data/.case.partial/x"))
+    with (
+        pytest.raises(HeadstartError, match="could not write case: Permission denied"),
+        written_whole(tmp_path / "data/case"),
+    ):
+        raise inside
