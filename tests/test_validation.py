@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from headstart import splits, validation
 from headstart.errors import HeadstartError
 from headstart.layout import Layout
 from headstart.recipe import Recipe
@@ -291,6 +292,36 @@ def test_splits_that_the_data_give_stay_and_copies_leave_the_less_protected_one(
     left_out = written(layout, "left_out").set_index("id")["reason"].to_dict()
     reason = "repeats a row of a more protected split"
     assert left_out == {"train/dark/leak.png": reason, "valid/dark/leak.png": reason}
+
+
+def test_every_copy_of_a_test_row_leaves_the_other_splits(tmp_path: Path) -> None:
+    layout = folders(tmp_path, train=20, val=8)  # of these alone val is the test, and comes later
+    for side, count in (("dark", 3), ("light", 1)):
+        whole = layout.raw / "val" / side / "000.png"
+        for number in range(count):
+            shutil.copy(whole, layout.raw / "train" / side / f"0leak{number}.png")
+    # Nearly the same as a test row, twice; and as a training row that goes itself, which is no reason.
+    for name in ("0pale0", "0pale1"):
+        picture = Image.open(layout.raw / "val/dark/001.png")
+        picture.point(lambda value: value * 9 // 10).save(layout.raw / "train/dark" / f"{name}.png")
+    validate(recipe(PICTURES), layout)
+    assert sorted(written(layout, "left_out")["id"]) == [
+        "train/dark/0leak0.png",
+        "train/dark/0leak1.png",
+        "train/dark/0leak2.png",
+        "train/dark/0pale0.png",
+        "train/dark/0pale1.png",
+        "train/light/0leak0.png",
+    ]
+
+
+def test_a_row_that_repeats_only_one_that_goes_stays() -> None:
+    # A chain: the test row is nearly the validation row, and that is nearly the training row.
+    rank = np.array([splits.PROTECTED[split] for split in ("train", "val", "test")])
+    place = np.arange(3)
+    known = validation._Known(np.zeros(3, int), place, place, rank, np.ones(3, bool))
+    gone = validation._repeats(known, np.array([[0, 1], [1, 2]]))
+    assert gone.tolist() == [False, True, False]
 
 
 def test_with_train_and_val_alone_val_is_the_test_and_validation_is_cut_from_train(tmp_path: Path) -> None:

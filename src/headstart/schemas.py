@@ -51,7 +51,9 @@ def failures(frame: pd.DataFrame, options: Validate) -> pd.DataFrame:
         rule = cases["check"].replace(PANDERA_RULES)
         value = cases["failure_case"].astype(str)
         value = value.mask(rule == "value_missing", "no " + cases["column"].astype(str))
-        value = value.mask(rule == "two_classes", f"every row is {frame['label'].iloc[0]!r}")
+        if (rule == "two_classes").any():
+            only = next(label for label in frame["label"] if label != HIDDEN)
+            value = value.mask(rule == "two_classes", f"every row is {only!r}")
         found = pd.DataFrame({"rule": rule, "id": ids, "value": value})
         unforeseen = ~rule.isin(REMEDY)  # in pandera's own words, such as a wrong type
         found.loc[unforeseen, "value"] = cases["column"].astype(str) + ": " + rule + ": " + value

@@ -18,12 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from headstart import adapters, batches, duplicates, progress, schemas, splits
 from headstart.errors import HeadstartError
 from headstart.layout import EARLIER_SPLITS, HIDDEN, Layout, written_whole
 from headstart.recipe import Recipe, Validate
 
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 COLUMNS = ["id", "label", "confidence", "weight", "domain", "group", "split", "digest", "batch"]
 OPTIONAL = ["id", "domain", "group", "split", "left_out", "original", "place"]
 REPEATS = "repeats a row of a more protected split"
@@ -71,6 +74,7 @@ def validate(recipe: Recipe, layout: Layout) -> None:
         keys = [duplicates.normalised(text) for text in contents]
     _refuse(broken, layout)
 
+    code = pd.factorize(pd.Series(keys))[0]
     pairs = {"duplicate_pairs": duplicates.exact(keys)}
     if options.near_duplicates:
         near = (
@@ -78,14 +82,13 @@ def validate(recipe: Recipe, layout: Layout) -> None:
             if content == "text"
             else duplicates.near_pictures(pictures.thumbnails)
         )
-        code = pd.factorize(pd.Series(keys))[0]
         pairs["near_duplicate_pairs"] = near[code[near[:, 0]] != code[near[:, 1]]]
     label = kept["label"].to_numpy()
     first, second = pairs["duplicate_pairs"].T
     both = (label[first] != HIDDEN) & (label[second] != HIDDEN)
     contradictions = int((both & (label[first] != label[second])).sum())
 
-    kept, repeated = _in_splits(kept, np.concatenate(list(pairs.values())), options, _earlier(layout))
+    kept, repeated = _in_splits(kept, code, np.concatenate(list(pairs.values())), options, _earlier(layout))
     classes = options.classes or sorted(set(kept["label"]) - {HIDDEN})
     _refuse(schemas.split_failures(kept, options, classes), layout)
     kept = _given_back(kept, truth, options)
@@ -131,6 +134,7 @@ def completed(frame: pd.DataFrame) -> pd.DataFrame:
         values = frame[column].tolist() if column in frame else [None] * len(frame)
         strings = [None if pd.isna(value) else str(value) for value in values]
         filled[column] = pd.Series(strings, dtype="str", index=frame.index)
+    filled["label"] = filled["label"].replace("", None)  # in a manifest that is a label put aside
     unlabelled = filled["label"].isna() & filled["left_out"].isna() & (filled["batch"] != "")
     filled.loc[unlabelled, "left_out"] = (
         adapters.NO_LABEL
@@ -337,7 +341,7 @@ def _earlier(layout: Layout) -> dict[str, str]:
 
 
 def _in_splits(
-    kept: pd.DataFrame, pairs: duplicates.Pairs, options: Validate, earlier: dict[str, str]
+    kept: pd.DataFrame, code: Ints, pairs: duplicates.Pairs, options: Validate, earlier: dict[str, str]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows with groups merged over duplicates and a split each, and rows left out for their sake.
 
@@ -347,6 +351,13 @@ def _in_splits(
     looks at cannot also be the judge. With train alone, nothing is given. All that is decided for the source
     and for each batch on its own. A batch never moves an earlier row: its rows join the groups that they
     belong to, and what would tie two splits together is left out.
+
+    Args:
+        kept: rows, in the order they came.
+        code: int64 [rows], the same for the same content.
+        pairs: rows that are the same, each with the first, or nearly so, the first of each content.
+        options: says in what shares splits are dealt.
+        earlier: splits of rows that were there before.
     """
     came, group = pd.factorize(kept["batch"])[0], pd.factorize(kept["group"])[0]
     of_batch = kept.groupby("batch")["split"]
@@ -358,7 +369,12 @@ def _in_splits(
 
     own = np.where(fixed, given, kept["id"].map(earlier))
     rank = np.array([splits.PROTECTED.get(split, -1) for split in own])
-    dropped = _dropped(came, group, rank, pairs, fixed) if came.any() or fixed.any() else came > 0
+    dropped = came > 0
+    if came.any() or fixed.any():
+        facts = _Known(came, code, group, rank, fixed)
+        gone = _repeats(facts, pairs)
+        pairs = _handed_on(pairs, code, gone)
+        dropped = gone | _dropped(facts, pairs)
     reason = np.where(came > 0, TIES, REPEATS)[dropped]
     left_out = kept[dropped].assign(left_out=reason)
     still = ~dropped[pairs].any(axis=1)
@@ -388,22 +404,55 @@ def _in_splits(
     return kept, left_out
 
 
-def _dropped(
-    came: np.ndarray, group: np.ndarray, rank: np.ndarray, pairs: duplicates.Pairs, fixed: np.ndarray
-) -> np.ndarray:
+@dataclass(frozen=True)
+class _Known:
+    """What is known of rows, in the order they came, before they are dealt into splits; [rows] each."""
+
+    came: Ints  # in which batch, ascending; 0 is the source
+    code: Ints  # the same for the same content
+    group: Ints
+    rank: Ints  # of the split that a row has, or -1
+    fixed: Bools  # whether the data themselves give that split
+
+
+def _repeats(known: _Known, pairs: duplicates.Pairs) -> Bools:
+    """Which rows repeat one whose split is more protected, where the data gave both theirs together.
+
+    The most protected come first, as a row that goes is repeated by nothing any more.
+    """
+    code, rank = known.code, known.rank
+    gone, near = np.zeros(len(code), bool), np.unique(code[pairs], axis=0)
+    for batch in np.unique(known.came[known.fixed]):
+        here = known.fixed & (known.came == batch)
+        for level in np.unique(rank[here])[::-1]:
+            held = np.zeros(code.max() + 1, bool)
+            held[code[here & ~gone & (rank == level)]] = True
+            reached = held.copy()
+            for one, other in (near.T, near.T[::-1]):
+                reached[one[held[other]]] = True
+            gone |= here & (rank < level) & reached[code]
+    return gone
+
+
+def _handed_on(pairs: duplicates.Pairs, code: Ints, gone: Bools) -> duplicates.Pairs:
+    """The pairs without the rows that are ``gone``: the first that is left of a content stands for it."""
+    first = np.full(code.max() + 1, -1)
+    left = np.flatnonzero(~gone)[::-1]
+    first[code[left]] = left
+    moved = np.where(gone[pairs], first[code[pairs]], pairs)
+    moved = moved[(moved >= 0).all(axis=1) & (moved[:, 0] != moved[:, 1])]
+    ordered: duplicates.Pairs = np.unique(np.sort(moved, axis=1), axis=0)
+    return ordered
+
+
+def _dropped(known: _Known, pairs: duplicates.Pairs) -> Bools:
     """Which rows would tie groups of different splits together; bool [rows].
 
     Groups are joined pair by pair, in the order the rows came. Of a pair whose groups have different splits
-    already, the less protected row goes if both were given theirs together, and else the later one. Rows of
-    the source whose splits were dealt are left to ``splits.assign``.
-
-    Args:
-        came: int64 [rows], which batch, ascending; 0 is the source.
-        group: int64 [rows].
-        rank: int64 [rows], of the split that a row has, or -1.
-        pairs: rows that are the same or nearly so.
-        fixed: bool [rows], whether the data themselves give that split.
+    already, the less protected row goes if both were given theirs together, and else the later one, and with
+    it whatever repeats it. Rows of the source whose splits were dealt are left to ``splits.assign``.
     """
+    came, group, rank, fixed = known.came, known.group, known.rank, known.fixed
     split = np.full(group.max() + 1, -1)
     np.maximum.at(split, group, rank)
     joined = list(range(len(split)))
@@ -416,6 +465,7 @@ def _dropped(
     dropped = np.zeros(len(came), bool)
     for first, second in pairs[np.lexsort(pairs.T)]:
         if dropped[first] or dropped[second]:
+            dropped[second] |= bool(came[second]) and known.code[first] == known.code[second]
             continue
         a, b = root(group[first]), root(group[second])
         if min(split[a], split[b]) >= 0 and split[a] != split[b]:
