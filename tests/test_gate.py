@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
-from headstart.gate import Answers, Judged, Verdict, judge, mcnemar
+from headstart import trials
+from headstart.gate import Answers, Judged, Verdict, fewest_groups, judge, mcnemar
 from headstart.recipe import Promote
 
 
@@ -127,6 +131,23 @@ def test_a_slower_or_larger_model_is_refused_if_the_recipe_says_so() -> None:
     assert any("90.0 MB, over the 50 MB" in reason for reason in verdict.reasons)
 
 
+def test_two_models_are_timed_in_turns_and_by_their_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked = 0.0, []
+    monkeypatch.setattr(trials.time, "perf_counter", lambda: now)
+
+    def version(name: str, seconds: float) -> Any:
+        def model(items: list[str]) -> None:
+            nonlocal now
+            now += len(items) * seconds + (100 if not asked else 0)  # the first of all reads the files
+            asked.append(name)
+
+        return SimpleNamespace(model=model)
+
+    found = trials._seconds([version("new", 0.5), version("old", 0.25)], ["a", "b"])
+    assert found == [0.5, 0.25]
+    assert asked == ["new", "old"] * 3
+
+
 def test_the_first_model_needs_to_beat_the_commonest_class_and_the_floor() -> None:
     judged = rows()
     good, guess = (
@@ -152,12 +173,25 @@ def test_a_class_that_a_model_does_not_know_counts_as_its_mistakes() -> None:
     assert verdict.figures["against"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize(("confidence", "fewest"), [(0.9, 4), (0.95, 5), (0.99, 7)])
+def test_few_groups_can_show_nothing_however_much_better_the_model(confidence: float, fewest: int) -> None:
+    ours, theirs = pair(400, only_ours=90, only_theirs=0, both=300)
+    for groups in (fewest - 1, fewest):
+        judged = rows()
+        judged = Judged(judged.truth, np.arange(400) % groups, judged.domains)
+        rules = Promote(confidence=confidence, metric="balanced_accuracy")
+        verdict = judge(judged, answers(judged.truth, ours), answers(judged.truth, theirs), rules)
+        assert verdict.promoted == (groups == fewest)
+    assert fewest_groups(confidence) == fewest
+
+
 def test_one_group_can_show_nothing() -> None:
     judged = rows(400, per_group=400)
     ours, theirs = pair(400, only_ours=100, only_theirs=0, both=300)
     verdict = judge(judged, answers(judged.truth, ours), answers(judged.truth, theirs), Promote())
     assert not verdict.promoted
-    assert "1 groups of test rows cannot show that one model is better" in verdict.reasons
+    words = "1 groups of test rows cannot show with 95% confidence that one model is better: that takes 5"
+    assert words in verdict.reasons
 
 
 def test_mcnemars_p_is_that_of_a_fair_coin() -> None:

@@ -7,13 +7,14 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
-from headstart import promotion
+from headstart import models, promotion
 from headstart.errors import HeadstartError
 from tests.postgres import postgres
 
@@ -133,6 +134,25 @@ def test_rollback_restores_the_champions_one_after_the_other(registry: str) -> N
         promotion.rollback(client, NAME, "and this")
 
 
+def test_a_version_that_was_deleted_is_passed_over_and_blocks_nothing(registry: str) -> None:
+    client = promotion.opened()
+    for version, against in (("1", None), ("2", "1"), ("3", "2")):
+        crown(client, version, against)
+    client.delete_model_version(NAME, "1")
+    promotion.rollback(client, NAME, "wrong")  # version 1 would be previous now
+    assert promotion.aliases(client, NAME) == {"champion": "2"}
+    promotion.refuse(client, NAME, "4", ["no better"], judged="x", fit=True)
+
+    # Of a change that a killed process had begun, with a version that is gone since.
+    pending = {"entry": asdict(promotion.history(client, NAME)[-1]), "aliases": {"previous": "3"}}
+    client.set_registered_model_tag(NAME, promotion.PENDING, json.dumps(pending))
+    client.delete_model_version(NAME, "3")
+    client.delete_model_version(NAME, "4")
+    promotion.carry_through(client, NAME)
+    assert promotion.aliases(client, NAME) == {"champion": "2"}
+    assert promotion.PENDING not in client.get_registered_model(NAME).tags
+
+
 def test_a_name_that_the_registry_does_not_know_is_answered_with_the_nearest(registry: str) -> None:
     with pytest.raises(HeadstartError, match="the registry has no model mood") as caught:
         promotion.known(promotion.opened(), "mood")
@@ -141,10 +161,20 @@ def test_a_name_that_the_registry_does_not_know_is_answered_with_the_nearest(reg
 
 def test_reasons_too_long_for_a_tag_are_cut_not_refused(registry: str) -> None:
     client = promotion.opened()
-    promotion.crown(client, NAME, "1", ["x" * 90_000, "short"], forced=True)
+    promotion.crown(client, NAME, "1", ["ж" * 90_000, "short"], forced=True)
+    tags = client.get_model_version(NAME, "1").tags
+    assert all(len(value) < 5_000 for value in tags.values())
     long, short = promotion.history(client, NAME)[0].reasons
     assert long.endswith("…") and len(long) < 5_000
     assert short == "short"
+
+
+def test_a_model_that_was_registered_by_other_means_is_named(registry: str, tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/MLmodel").write_text("flavors: {sklearn: {}}\n")
+    promotion.opened().create_model_version(NAME, source=(tmp_path / "foreign").as_uri())
+    with pytest.raises(HeadstartError, match="moods version 5 is no model that headstart registered"):
+        models.load(NAME, "5")
 
 
 def test_a_registry_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

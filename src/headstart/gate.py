@@ -7,6 +7,7 @@ figures behind each rule. A pure function: never loads a model, asks a registry 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import ceil, log2
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ from headstart.metrics import Floats, Ints, gains, levels, scores
 from headstart.recipe import Promote
 
 RESAMPLES = 2000  # the 5th percentile is known to a tenth of a deviation
-FEWEST = 2  # groups without which nothing can be shown
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,15 @@ def commonest(truth: Ints, classes: int) -> Answers:
     return Answers(np.tile(shares, (len(truth), 1)), np.full(len(truth), shares.argmax(), np.int64))
 
 
+def fewest_groups(confidence: float) -> int:
+    """Groups without which nothing can be shown with this confidence.
+
+    No resample is worse than the worst group alone, and that one too is better by luck once in 2 to the power
+    of their number, if the models are equally good.
+    """
+    return ceil(-log2(1 - confidence))
+
+
 def mcnemar(wins: int, losses: int) -> float:
     """One-sided p value of so many rows that only one of two models has right: a fair coin's, exactly."""
     from scipy.stats import binom
@@ -147,9 +156,15 @@ def _gain(
     figures: dict[str, float | None],
 ) -> list[Check]:
     """Whether it is shown to be better; adds the figures of both tests."""
-    count = len(np.unique(rows.groups))
-    if figures["gain"] is None or count < FEWEST:
-        return [Check("min_gain", False, f"{count} groups of test rows cannot show that one model is better")]
+    count, fewest = len(np.unique(rows.groups)), fewest_groups(rules.confidence)
+    if figures["gain"] is None or count < fewest:
+        words = (
+            f"{count} groups of test rows cannot show with {rules.confidence:.0%} confidence that one model "
+            f"is better: that takes {fewest}"
+        )
+        if count >= fewest:
+            words = f"{rules.metric} is not defined on these rows, so it shows nothing"
+        return [Check("min_gain", False, words)]
     drawn = gains(
         rows.truth,
         pair[0].probabilities,

@@ -153,7 +153,15 @@ def load(name: str, which: str = "champion") -> Version:
             ) from None
         uri = client.get_model_version_download_uri(name, str(found.version))
         folder = stores.files(name, str(found.version), uri)
-    read = Model.read(registered_parts(folder))
+    try:
+        read = Model.read(registered_parts(folder))
+    except (KeyError, FileNotFoundError) as error:
+        raise HeadstartError(
+            f"{title} is no model that headstart registered",
+            where=str(folder),
+            table=[f"{type(error).__name__}: {error}"],
+            do="`headstart models` lists what there is",
+        ) from None
     return Version(name, str(found.version), found.run_id, dict(found.tags), folder, read)
 
 

@@ -185,6 +185,8 @@ def rollback(client: MlflowClient, name: str, because: str) -> Entry:
             if entry.action in {"promoted", "forced"}
         ]
         before = reached[-1].champion if reached else None
+        if before not in {str(each.version) for each in versions(client, name)}:
+            before = None  # somebody has deleted it since
         reasons = [because, f"version {restored} is champion again"]
         entry = now.entry("rolled back", reasons, version=undone, champion=undone)
         _change(client, name, entry, {CHAMPION: restored, PREVIOUS: before})
@@ -230,23 +232,31 @@ def _turn(client: MlflowClient, name: str) -> Iterator[_Present]:
 
 def _change(client: MlflowClient, name: str, entry: Entry, change: dict[str, str | None]) -> None:
     """Write a decision down, then carry it through. ``change``: version by alias, None to take it away."""
-    pending = json.dumps({"entry": asdict(entry), "aliases": change})
-    client.set_registered_model_tag(name, PENDING, pending)
+    client.set_registered_model_tag(name, PENDING, _json({"entry": asdict(entry), "aliases": change}))
     _apply(client, name, entry, change)
 
 
 def _apply(client: MlflowClient, name: str, entry: Entry, change: dict[str, str | None]) -> None:
-    """What a decision changes. Any part may have been done before, and doing it again changes nothing."""
-    client.set_model_version_tag(name, entry.version, f"{ENTRY}{entry.number:06}", json.dumps(asdict(entry)))
+    """What a decision changes. Any part may have been done before, and doing it again changes nothing.
+
+    Of versions that somebody has deleted meanwhile nothing is written: it would fail at every later turn too.
+    """
+    there = {str(each.version) for each in versions(client, name)}
+    if entry.version in there:
+        client.set_model_version_tag(name, entry.version, f"{ENTRY}{entry.number:06}", _json(asdict(entry)))
     # The champion last but one: whoever sees the new one can find the old one.
     for alias in sorted(change, key=(PREVIOUS, CHAMPION, CHALLENGER).index):
         version = change[alias]
-        if version is None:
+        if version in there:
+            client.set_registered_model_alias(name, alias, str(version))
+        elif alias != CHAMPION:
             client.delete_registered_model_alias(name, alias)
-        else:
-            client.set_registered_model_alias(name, alias, version)
     client.set_registered_model_tag(name, COUNT, str(entry.number))
     client.delete_registered_model_tag(name, PENDING)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)  # an escaped letter is six, and a tag holds only so many
 
 
 def _clipped(reasons: list[str]) -> list[str]:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 ARTIFACT_ROOT = "MLFLOW_DEFAULT_ARTIFACT_ROOT"
 # What to do without a module that a store needs.
 DRIVERS = {
-    "boto3": "pip install 'headstart[s3]'",
-    "psycopg": "pip install 'headstart[postgresql]'",
+    "boto3": "pip install -e '.[s3]' in the project's folder",
+    "psycopg": "pip install -e '.[postgresql]' in the project's folder",
     "psycopg2": "begin the address with postgresql+psycopg://",
 }
 

@@ -10,13 +10,14 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from headstart import evaluation, gate, models, promotion
+from headstart import evaluation, gate, models, promotion, stores
 from headstart.errors import HeadstartError
 from headstart.gate import Judged, Verdict
 from headstart.layout import HIDDEN, Layout, sha256_of
@@ -25,8 +26,11 @@ from headstart.promotion import CANDIDATE, CHAMPION, Entry
 from headstart.recipe import Recipe
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
     from headstart.features import Item
 
+TIMED, TURNS = 256, 3  # rows that are timed, and how often
 TRIES = 5  # judgements, if another champion is crowned during each
 
 
@@ -75,6 +79,11 @@ def decide(recipe: Recipe, layout: Layout, version: str | None = None) -> Decide
         HeadstartError: no such version, or the test rows or the registry cannot be reached.
     """
     client, name = promotion.opened(), recipe.model_name
+    with stores.asked("the model registry stopped answering"):
+        return _decide(client, name, recipe, layout, version)
+
+
+def _decide(client: MlflowClient, name: str, recipe: Recipe, layout: Layout, version: str | None) -> Decided:
     promotion.known(client, name)
     for _ in range(TRIES):
         promotion.carry_through(client, name)
@@ -135,6 +144,9 @@ def compare(recipe: Recipe, layout: Layout, version: str, champion: str | None) 
     asked = [models.load(recipe.model_name, number) for number in (version, champion) if number is not None]
     classes = list(dict.fromkeys([*(c for each in asked for c in each.model.classes), *rows["label"]]))
     answers = [_answers(each, items, classes) for each in asked]
+    if recipe.promote.max_latency_ratio is not None:
+        clock = _seconds(asked, items)
+        answers = [replace(said, seconds=taken) for said, taken in zip(answers, clock, strict=True)]
     judged = Judged(
         evaluation.positions(rows["label"].tolist(), classes),
         rows["group"].factorize()[0],
@@ -150,15 +162,24 @@ def verdict_of(tags: dict[str, str]) -> Verdict | None:
 
 
 def _answers(version: Version, items: Sequence[Item], classes: list[str]) -> gate.Answers:
-    """What a version says of the rows, in columns for all classes, and the seconds it took per row."""
-    start = time.perf_counter()
+    """What a version says of the rows, in columns for all classes."""
     _, said = version.model(items)
-    seconds = (time.perf_counter() - start) / len(items)
     place = evaluation.positions(version.model.classes, classes)
     probabilities = np.zeros((len(items), len(classes)))
     probabilities[:, place] = said
     named = place[version.model.decision.named(said)]
-    return gate.Answers(probabilities, named, seconds, version.size)
+    return gate.Answers(probabilities, named, size=version.size)
+
+
+def _seconds(asked: Sequence[Version], items: Sequence[Item]) -> list[float]:
+    """Seconds per row that each version takes at best, asked in turns once all files have been read."""
+    sample, best = items[:TIMED], [inf] * len(asked)
+    for _ in range(TURNS):
+        for place, version in enumerate(asked):
+            start = time.perf_counter()
+            version.model(sample)
+            best[place] = min(best[place], (time.perf_counter() - start) / len(sample))
+    return best
 
 
 def _rows(recipe: Recipe, layout: Layout) -> tuple[pd.DataFrame, list[Item]]:
