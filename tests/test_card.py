@@ -265,5 +265,5 @@ def test_without_labels_of_the_target_no_result_is_claimed(tmp_path: Path) -> No
     hidden = rows.assign(id=["c", "d"], label="", domain="west")
     pd.concat([rows, hidden]).to_parquet(layout.model / "predictions.parquet")
     text = card(chosen, layout, METRICS_FOUND)
-    assert "No label of the target domain, west, is known" in text
+    assert "Too few labels of the target domain, west, are known" in text
     assert ModelCard(text).data.eval_results is None

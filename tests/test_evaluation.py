@@ -193,13 +193,14 @@ def test_predictions_that_do_not_fit_their_model_are_refused(
     assert not layout.evidence.exists()
 
 
-def put_aside(root: Path, labelled: bool) -> Layout:
-    """Predictions of which those of ``west`` have their labels in another file, or none at all."""
+def put_aside(root: Path, labelled: bool, only: str | None = None) -> Layout:
+    """Predictions of which those of ``west`` have their labels in another file, or ``only`` of a split."""
     layout = write(root)
     table = pd.read_parquet(layout.model / "predictions.parquet")
     west = table["domain"] == "west"
     layout.truth.mkdir(parents=True)
-    table.loc[west & labelled, ["id", "label"]].to_parquet(layout.truth / "labels.parquet", index=False)
+    known = west & labelled & (only is None or table["split"] == only)
+    table.loc[known, ["id", "label"]].to_parquet(layout.truth / "labels.parquet", index=False)
     table.assign(label=table["label"].mask(west, "")).to_parquet(
         layout.model / "predictions.parquet", index=False
     )
@@ -217,14 +218,17 @@ def test_a_target_is_measured_by_the_labels_that_were_put_aside(tmp_path: Path) 
     assert set(metrics(layout)["test_by_domain"]) == {"west"}
 
 
-def test_of_a_target_without_labels_the_page_says_that_nothing_is_known(tmp_path: Path) -> None:
-    layout = put_aside(tmp_path, labelled=False)
+@pytest.mark.parametrize(("labelled", "only"), [(False, None), (True, "val"), (True, "test")])
+def test_of_a_target_with_too_few_labels_the_page_says_that_nothing_is_known(
+    labelled: bool, only: str | None, tmp_path: Path
+) -> None:
+    layout = put_aside(tmp_path, labelled, only)
     evaluate(cached.adapting(), layout)
     assert set(metrics(layout)["test_by_domain"]) == {"east"}
     page = (layout.evidence / "summary.md").read_text()
-    assert "No label of the target domain, west, is known" in page
+    assert "Too few labels of the target domain, west, are known" in page
     evaluate(cached.adapting(), put_aside(tmp_path / "other", labelled=True))
-    assert "No label" not in (Layout(tmp_path / "other", "case").evidence / "summary.md").read_text()
+    assert "Too few labels" not in (Layout(tmp_path / "other", "case").evidence / "summary.md").read_text()
 
 
 def test_the_page_tells_of_the_shift(tmp_path: Path) -> None:

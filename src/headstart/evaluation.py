@@ -25,8 +25,8 @@ DIGITS = 6  # more would differ between processors
 ROC_POINTS = 200  # per class: as smooth as a screen can show
 FEW_GROUPS = 20
 UNKNOWN = (
-    "**No label of the target domain, {}, is known: what follows is measured on the source domains, before "
-    "adaptation, and says nothing about the target.**"
+    "**Too few labels of the target domain, {}, are known, some in val and some in test: what follows is "
+    "measured on the source domains, before adaptation, and says nothing about the target.**"
 )
 TITLES = {
     "accuracy": "accuracy",
@@ -95,7 +95,8 @@ def predictions(model: Path, truth: Path) -> tuple[pd.DataFrame, dict[str, Any],
     """Rows of ``predictions.parquet`` to measure, ``model.json``, and what is not known.
 
     Where the model is made for a target domain, its rows are measured, by the labels that were put aside. If
-    there are no such labels or rows, the rows of the source domains are, and the last value is True.
+    there are no such labels of val or none of test, the rows of the source domains are, and the last value is
+    True.
     """
     try:
         rows = pd.read_parquet(model / "predictions.parquet")
@@ -110,10 +111,10 @@ def predictions(model: Path, truth: Path) -> tuple[pd.DataFrame, dict[str, Any],
     blind = described.get("adaptation", "") is None  # nothing was there to adapt to
     if target.any():
         known = rows[target].drop(columns="label").merge(pd.read_parquet(truth / "labels.parquet"), on="id")
-        blind = known.empty
+        blind = not {"val", "test"} <= set(known["split"])
         if target.all() and blind:
             raise HeadstartError(
-                "no row has a label to measure the model by",
+                "too few rows have a label to measure the model by",
                 where=str(truth / "labels.parquet"),
                 do="label some rows, of val and of test: training will not see the labels",
             )
