@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from headstart import activations, packs
+from headstart import activations, alignment, packs
 from headstart.classifiers import Classifier
 from headstart.examples import soft_targets
 from headstart.finetuning import ACTIVATIONS, Labels, Tuning
@@ -112,10 +114,48 @@ def test_without_room_the_frozen_layers_run_anew(
     assert not (tmp_path / ACTIVATIONS).exists()
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_sentences_keep_their_tokens_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+@pytest.mark.parametrize("layer", ["patch_embed", "blocks.1"])
+def test_a_vision_transformer_is_run_whole(layer: str, tmp_path: Path, caplog: Any) -> None:
+    """The token that it puts before those of its patches is no layer's."""
+    weights = tuning.write_weights(tmp_path / "vit", "timm", "test_vit")
+    plain, tried = (tuning.case(weights, choices(freeze=layer), work=work) for work in (None, tmp_path))
+    with caplog.at_level(logging.INFO):
+        assert losses(tried) == losses(plain)
+    assert "run anew in every epoch" in caplog.text
+    assert not (tmp_path / ACTIVATIONS).exists()
+
+
+def test_a_failure_while_the_frozen_layers_run_leaves_no_array(
+    resnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run = tuning.case(resnet, choices(freeze="layer2"), work=tmp_path)
+    inner, seen = run.classifier.frozen_output, []
+
+    def fails(*inputs: torch.Tensor) -> torch.Tensor:
+        if len(seen) >= activations.SWEEP:  # the trial is over, and a batch is written
+            assert (tmp_path / ACTIVATIONS).exists()
+            raise KeyboardInterrupt
+        seen.extend(inputs[0])
+        return inner(*inputs)
+
+    monkeypatch.setattr(run.classifier, "frozen_output", fails)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert not (tmp_path / ACTIVATIONS).exists()
+
+
+def test_what_a_killed_run_has_left_is_taken_away(resnet: Path, tmp_path: Path) -> None:
+    (tmp_path / ACTIVATIONS).write_bytes(b"left")
+    tuning.case(resnet, choices(epochs=1), work=tmp_path).run()
+    assert not (tmp_path / ACTIVATIONS).exists()
+
+
+Sentences = Callable[[Train, Path | None], Tuning]
+
+
+@pytest.fixture
+def sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sentences:
+    """A run over sentences that has not begun; if it aligns, then with rows whose labels it lacks."""
     (tmp_path / "recipes").mkdir()
     examples.write_text_project(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -124,17 +164,36 @@ def test_sentences_keep_their_tokens_apart(
     names = [str(i) for i in range(n)]
     labels = Labels(truth, soft_targets(truth, np.ones(n), 2), np.ones(n), names, names)
 
-    def run(work: Path | None) -> Tuning:
+    def run(made: Train, work: Path | None) -> Tuning:
         torch.manual_seed(0)
-        made = choices(freeze="encoder.layer.0", precision=precision)
         classifier = Classifier(weights, Features(packed=True), made, 2)
-        return Tuning(classifier, pack, labels, np.arange(0, n - 12), np.arange(n - 12, n), work=work)
+        train, val, target = np.arange(0, n - 12), np.arange(n - 12, n), None
+        if made.alignment:
+            train, target = train[:120], train[120:]
+        return Tuning(classifier, pack, labels, train, val, target=target, work=work)
 
-    plain, kept = run(None), run(tmp_path)
+    return run
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_sentences_keep_their_tokens_apart(sentences: Sentences, tmp_path: Path, precision: str) -> None:
+    made = choices(freeze="encoder.layer.0", precision=precision)
+    plain, kept = sentences(made, None), sentences(made, tmp_path)
     counts = runs_of(kept.classifier.tapped.network.encoder.layer[0])
     # In bfloat16 the order of a sum in a batch of another size shows.
     assert losses(kept) == pytest.approx(losses(plain), abs=1e-5 if precision == "float32" else 0.01)
-    assert 0 < sum(counts) <= n + activations.SWEEP
+    assert 0 < sum(counts) <= len(kept.labels.truth) + activations.SWEEP
+
+
+def test_frozen_layers_see_the_sentences_without_the_tokens_that_a_change_drops(
+    sentences: Sentences, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapting = {"method": "domain_adaptation", "tune": True, "alignment": "consistency"}
+    made = Train(**DEFAULTS | adapting | {"freeze": "encoder.layer.0", "alignment_weight": 10.0})
+    # Two epochs make nothing sure enough to count.
+    monkeypatch.setattr(alignment, "consistency", partial(alignment.consistency, threshold=0.0))
+    plain, kept = sentences(made, None), sentences(made, tmp_path)
+    assert losses(kept) == pytest.approx(losses(plain), abs=1e-5)
 
 
 def test_rows_that_were_not_wanted_are_not_held(resnet: Path, tmp_path: Path) -> None:
@@ -148,5 +207,3 @@ def test_rows_that_were_not_wanted_are_not_held(resnet: Path, tmp_path: Path) ->
     pixels = torch.from_numpy(pack.batch(np.array([3, 1]))[0])
     assert torch.equal(known, run.classifier.frozen_output(pixels))
     assert known.is_contiguous(memory_format=torch.channels_last)
-    found.close()
-    assert not (tmp_path / "a.npy").exists()

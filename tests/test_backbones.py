@@ -186,6 +186,31 @@ def test_googlenet_scales_its_pixels_as_it_does_with_torchvisions_own_weights() 
     assert backbones.build("torchvision", "googlenet").transform_input is True
 
 
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
+@pytest.mark.parametrize(
+    ("architecture", "side", "dim"), [("googlenet", 32, 1024), ("inception_v3", 75, 2048)]
+)
+def test_in_training_an_auxiliary_classifier_has_no_say(architecture: str, side: int, dim: int) -> None:
+    network = backbones.without_classifier("torchvision", backbones.build("torchvision", architecture))
+    assert network.train()(torch.zeros(2, 3, side, side)).shape == (2, dim)
+    assert not any("aux" in name.lower() for name in network.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
+def test_weights_of_auxiliary_classifiers_are_left_aside(tmp_path: Path) -> None:
+    """Published files hold them, as do folders that an earlier version of headstart fetched."""
+    published = backbones.build("torchvision", "googlenet").state_dict()
+    save_file(published, tmp_path / "googlenet.safetensors")
+    source = {"backbone": "torchvision:googlenet", "source": f"file:{tmp_path / 'googlenet.safetensors'}"}
+    layout = Layout(tmp_path, "case")
+    fetch(cached.recipe(fetch=source), layout)
+    kept = load_file(layout.weights / "weights.safetensors")
+    assert published.keys() - kept.keys() == {name for name in published if name.startswith(("aux", "fc."))}
+    save_file(published, layout.weights / "weights.safetensors")
+    found = backbones.load(layout.weights)[0].state_dict()
+    assert all(torch.equal(found[name], value) for name, value in kept.items())
+
+
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize(
     "config", [{"model_type": "of-my-own"}, {}, {"model_type": "bert", "num_hidden_layers": "two"}]

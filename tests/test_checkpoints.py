@@ -236,16 +236,8 @@ def test_where_nothing_was_saved_there_is_none_and_nothing_to_say(
 ) -> None:
     checkpoints = Checkpoints(tmp_path / "kept")
     assert checkpoints.latest() is None
-    checkpoints.clear()
     assert not (tmp_path / "kept").exists()
     assert warnings(caplog) == []
-
-
-def test_clear_removes_the_folder(tmp_path: Path) -> None:
-    checkpoints = saved(tmp_path / "kept", 1, 2)
-    checkpoints.clear()
-    assert names(tmp_path) == []
-    assert checkpoints.latest() is None
 
 
 # How many

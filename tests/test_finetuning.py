@@ -122,7 +122,7 @@ def test_the_tutorials_text_loop_is_reproduced_step_by_step(
     labels = Labels(truth, soft_targets(truth, np.ones(n), 2), np.ones(n), list("x" * n), list("x" * n))
     train, val = np.arange(0, 220), np.arange(220, 240)
     run = Tuning(classifier, pack, labels, train, val)
-    plain = BertModel.from_pretrained(tmp_path / "inbox/bert", add_pooling_layer=False)
+    plain = BertModel.from_pretrained(tmp_path / "start/bert", add_pooling_layer=False)
     linear = nn.Linear(32, 2)
     linear.load_state_dict(classifier.linear.state_dict())
     run.run()
@@ -388,6 +388,29 @@ def test_features_that_are_handed_out_are_those_that_the_head_was_trained_on(eff
     rows = np.array([70, 3, 41])
     found = run.classifier.head().probabilities(run.vectors(rows))
     assert found == pytest.approx(run.probabilities(rows), abs=1e-5)
+
+
+def test_the_speed_of_an_epoch_that_was_taken_up_is_that_of_its_steps_since(
+    efficientnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetuning, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(finetuning, "SHARE_OF_TIME", float("inf"))
+    choices = Train(**QUICK | {"epochs": 1})
+    killed, run = (tuning.case(efficientnet, choices, work=tmp_path) for _ in range(2))
+    steps = killed.per_epoch
+    learn = killed.learn
+
+    def dies(*given: Any) -> dict[str, float]:
+        if killed.step == steps - 2:
+            raise KeyboardInterrupt
+        return learn(*given)
+
+    monkeypatch.setattr(killed, "learn", dies)
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    (clock,) = run.run().clock
+    assert len(run.history.steps) == steps > 2
+    assert clock["rows_per_second"] * clock["seconds"] == pytest.approx(2 * choices.batch)
 
 
 @pytest.mark.slow

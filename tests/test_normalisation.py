@@ -15,9 +15,11 @@ from torch import Tensor
 
 from headstart import backbones, models, normalisation, training
 from headstart.errors import HeadstartError
+from headstart.examples import Examples
 from headstart.features import Tapped
-from headstart.recipe import Features, load
-from tests import examples, tuning
+from headstart.fitting import Tuned
+from headstart.recipe import Features, Train, load
+from tests import cached, examples, tuning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -109,6 +111,28 @@ def test_a_target_like_the_source_changes_nothing_and_what_does_not_run_is_left_
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == before.keys() - found.keys()
     backbones.Spec.read(folder)
+
+
+def test_every_row_of_the_target_counts_the_same_in_whatever_batches(weights: Path) -> None:
+    source, target = pixels(48), pixels(48, seed=1)
+    target[40:] *= 0.3
+    whole, parts = (
+        normalisation.adapted(weights, OPTIONS, [(source,)], [(x,) for x in target.split(size)], CPU)
+        for size in (48, 40)
+    )
+    assert parts["bn1.running_mean"] == pytest.approx(whole["bn1.running_mean"], abs=1e-4)
+
+
+def test_a_row_more_than_a_batch_is_no_batch_of_its_own(tmp_path: Path) -> None:
+    """One row alone has no variance: the last map of these pictures is of one place."""
+    run = tuning.case(tuning.write_weights(tmp_path / "resnet"), Train(method="fine_tune"))
+    features = np.zeros((tuning.ROWS, 512), np.float16)
+    known = Examples(pd.DataFrame(), features, ["a", "b"], run.labels.truth)
+    tuned = Tuned(cached.recipe(), known, run, None, None, np.zeros((0, 2)))
+    target = np.arange(normalisation.BATCH + 1)
+    found = tuned.reading(target, tuning.TRAIN, target).normalised
+    assert found is not None
+    assert all(tensor.isfinite().all() for tensor in found.values())
 
 
 @pytest.mark.slow

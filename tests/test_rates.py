@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from headstart import rates
+from headstart.errors import HeadstartError
 from headstart.recipe import Train
 from tests import tuning
 from tests.test_cli import ROOT, headstart
@@ -66,6 +68,13 @@ def test_it_ends_where_nothing_is_learned_any_more(weights: Path) -> None:
     assert table["learning_rate"].iloc[-1] < 1e6
     assert 0 < rates.suggested(table) < 1e5
     assert all(math.isfinite(loss) for loss in table["loss"])
+
+
+def test_what_stops_the_first_step_is_told(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tuning.case(weights, choices())
+    monkeypatch.setattr(run, "learn", Mock(side_effect=HeadstartError("it does not fit into memory")))
+    with pytest.raises(HeadstartError, match="does not fit into memory"):
+        rates.sweep(run)
 
 
 def test_a_tenth_of_the_rate_of_the_lowest_loss_is_suggested() -> None:

@@ -43,7 +43,7 @@ class Activations:
         pack: inputs of all rows.
         rows: those wanted.
         dtype: that steps compute in.
-        path: of the array, which is as large as all activations together; taken away by ``close``.
+        path: of the array, which is as large as all activations together; the caller takes it away.
 
     Raises:
         OSError: the disk is full.
@@ -52,7 +52,7 @@ class Activations:
     def __init__(
         self, classifier: Classifier, pack: Pack, rows: Rows, dtype: torch.dtype, path: Path
     ) -> None:
-        self.pack, self.path, self.device = pack, path, next(classifier.parameters()).device
+        self.pack, self.device = pack, next(classifier.parameters()).device
         self.lengths = pack.tokens.lengths if isinstance(pack, Sentences) else None
         # Where each row begins, counting rows of pictures and tokens of texts.
         sizes = np.zeros(len(self.lengths) if self.lengths is not None else int(rows.max()) + 1, np.int64)
@@ -96,10 +96,6 @@ class Activations:
         known = lines.new_zeros(*inputs[0].shape, lines.shape[-1])
         known[inputs[1].bool()] = lines
         return inputs, known
-
-    def close(self) -> None:
-        """Take the array away."""
-        self.path.unlink(missing_ok=True)
 
     def _places(self, rows: Rows) -> NDArray[np.int64]:
         if self.lengths is None:

@@ -137,6 +137,8 @@ def build(library: str, architecture: str) -> nn.Module:
 def without_classifier(library: str, network: nn.Module) -> nn.Module:
     """The network with its last layer taken off, so that it returns what the classifier would be given.
 
+    In training as well: what else learned to classify is taken off too.
+
     Raises:
         HeadstartError: its last layer is not a linear one.
     """
@@ -145,6 +147,10 @@ def without_classifier(library: str, network: nn.Module) -> nn.Module:
     if library == "timm":
         network.reset_classifier(0)  # type: ignore[operator]
         return network
+    # GoogLeNet and Inception in training give what their auxiliary classifiers say as well.
+    for name, off in (("aux_logits", False), ("aux1", None), ("aux2", None), ("AuxLogits", None)):
+        if hasattr(network, name):
+            setattr(network, name, off)
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not linear:  # SqueezeNet
         what = f"{type(network).__name__} has no linear classifier to take off"

@@ -138,10 +138,6 @@ class Checkpoints:
                 _forget(file)
         return found
 
-    def clear(self) -> None:
-        """Remove the folder with all that is in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     @property
     def _partial(self) -> Path:
         return self.folder / ".partial"

@@ -222,8 +222,10 @@ class Classifier(nn.Module):
     def features(self, *inputs: Tensor, known: Tensor | None = None) -> Tensor:
         """The backbone's vectors [n, d] of one batch."""
         self.known = known
-        vectors: Tensor = self.tapped(*inputs)
-        self.known = None
+        try:
+            vectors: Tensor = self.tapped(*inputs)
+        finally:  # lest every later batch be taken for this one
+            self.known = None
         return vectors
 
     def normalises(self) -> bool:

@@ -530,7 +530,7 @@ def _digest(extractor: Extractor, arithmetic: Arithmetic, key: dict[str, Any]) -
     ]
     files += sorted(extractor.weights.glob("*.json"))  # spec.json holds the digest of the weights
     content = [sha256_of(file) for file in files]
-    biases = [(name, bias.numpy().tobytes().hex()) for name, bias in sorted(arithmetic.biases.items())]
+    biases = [(name, bias.cpu().numpy().tobytes().hex()) for name, bias in sorted(arithmetic.biases.items())]
     machine = [extractor.device.type, torch.__version__]
     text = json.dumps([key, extractor.options.model_dump(), content, biases, machine], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -42,6 +42,7 @@ RESAMPLES, SURE = 200, 0.95  # of the validation groups, and the share of them t
 SHARE_OF_TIME = 0.05  # that checkpoints may take
 NAMED_WEIGHT = 0.3  # of the classes that rows are given by their centres; that of Liang et al. 2020
 TOKENS_DROPPED = 0.15  # of a text that is changed much
+TRIAL = 8  # rows that show whether a network runs without its frozen layers
 LOWER_IS_BETTER = {"log_loss"}
 BAD_ROWS = "bad_rows.csv"
 ACTIVATIONS = "activations.npy"
@@ -162,16 +163,15 @@ class Tuning:
         Raises:
             HeadstartError: the loss is not a finite number, or a single row does not fit into memory.
         """
-        self.keep_activations()
         try:
+            self.keep_activations()
             return self._run()
         finally:
-            if self.activations:
-                self.activations.close()
-                self.activations = None
+            self._drop_activations()
 
     def keep_activations(self) -> None:
         """Run the frozen layers once for all rows, if what they see is the same in every epoch."""
+        self._drop_activations()  # a run that was killed leaves its array behind
         alone = self.accelerator.num_processes == 1
         if not (self.work and alone and self.epochs > 1 and activations.constant(self.choices)):
             return
@@ -180,20 +180,38 @@ class Tuning:
         rows = np.concatenate([self.train_rows, self.val_rows, self.target_rows])
         path = self.work / ACTIVATIONS
         try:
-            kept = Activations(self.classifier, self.pack, rows, self.dtype, path)
+            if self._chained(rows[:TRIAL], path):
+                self.activations = Activations(self.classifier, self.pack, rows, self.dtype, path)
+            else:
+                log.info("the frozen layers run anew in every epoch: the others need more than their output")
         except OSError as error:
-            path.unlink(missing_ok=True)
+            self._drop_activations()
             log.warning("the frozen layers run anew in every epoch: %s", error)
-            return
-        # Not every network is a chain: a layer may look back past the last frozen one.
-        first = self.pack.sweep(rows, SWEEP)[0]
+
+    def _chained(self, rows: Rows, path: Path) -> bool:
+        """Whether the logits of these rows are the same if the frozen layers do not run.
+
+        Not every network is a chain: a layer may look back past the last frozen one. A vision transformer
+        puts a token before those of its patches, in code of its own that runs whatever is known.
+        """
         self.classifier.eval()
         with torch.inference_mode():
-            plain = self._logits(first)
-            self.activations = kept
-            if not torch.allclose(plain, self._logits(first), rtol=0.01, atol=0.01):
-                self.activations = None
-                kept.close()
+            plain = self._logits(rows)
+            try:
+                self.activations = Activations(self.classifier, self.pack, rows, self.dtype, path)
+                return torch.allclose(plain, self._logits(rows), rtol=0.01, atol=0.01)
+            except OSError:
+                raise
+            except Exception as error:  # whatever the network's own code raises
+                log.debug("the network does not run without its frozen layers: %s", error)
+                return False
+            finally:
+                self._drop_activations()
+
+    def _drop_activations(self) -> None:
+        self.activations = None
+        if self.work:
+            (self.work / ACTIVATIONS).unlink(missing_ok=True)
 
     def _run(self) -> History:
         if not self._resumed():
@@ -209,7 +227,7 @@ class Tuning:
                     order, ordered = self.order(epoch), epoch
                     if not place and self.choices.source_free == "hypothesis_transfer":
                         self._name_rows()
-                    epoch_began = time.monotonic(), time.process_time()
+                    epoch_began = self.step, time.monotonic(), time.process_time()  # or was taken up
                 rows = order[place]
                 done = max((self.step + 1) / total, self._share_of_budget())
                 line = self.learn(rows, epoch, schedules.factor(self.choices, done, epoch))
@@ -233,7 +251,7 @@ class Tuning:
         """float64 [rows, classes], in the order of ``rows``, by the weights as they are now."""
         classes = self.classifier.linear.out_features
         found = torch.zeros(len(rows), classes, dtype=torch.float64)
-        return self._swept(rows, found, lambda batch: self._logits(batch).double().softmax(dim=1))
+        return self._swept(rows, found, lambda batch: self._logits(batch).cpu().double().softmax(dim=1))
 
     def vectors(self, rows: Rows) -> Singles:
         """The backbone's features float32 [rows, d], as ``probabilities``; memory: all of them."""
@@ -250,9 +268,15 @@ class Tuning:
             first, count = self.accelerator.process_index, self.accelerator.num_processes
             for batch in self.pack.sweep(rows, SWEEP)[first::count]:
                 found[place[batch]] = of(batch).cpu()
-            total: Tensor = self.accelerator.reduce(found.to(self.device), "sum")
-        result: NDArray[Any] = total.cpu().numpy()
+        result: NDArray[Any] = self._added(found).numpy()
         return result
+
+    def _added(self, found: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, from the CPU to the CPU: Apple's GPUs have no float64."""
+        if self.accelerator.num_processes == 1:
+            return found
+        total: Tensor = self.accelerator.reduce(found.to(self.device), "sum")
+        return total.cpu()
 
     def _logits(self, rows: Rows) -> Tensor:
         """float32 [rows, classes], as measured and not as learned from."""
@@ -325,7 +349,7 @@ class Tuning:
         mine = rows[rank::count]
         idle = not len(mine)  # every process must take part, or the others wait for ever
         mine = rows[:1] if idle else mine
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2, dtype=torch.float64)
         self.model.train()
         torch.manual_seed(seed_of(self.choices.seed, self.step, rank))  # what drops out at this step
         theirs = self._of_target(len(rows), epoch)
@@ -358,8 +382,8 @@ class Tuning:
                 (loss * count).backward()
             truth = torch.from_numpy(self.labels.truth[part]).to(self.device)
             right = (logits.argmax(dim=1) == truth).sum() * (0 if idle else 1)
-            sums += torch.stack([loss.detach().double(), right.double()])
-        loss, right = self.accelerator.reduce(sums, "sum").tolist()
+            sums += torch.stack([loss.detach(), right]).cpu()
+        loss, right = self._added(sums).tolist()
         return loss, int(right)
 
     def _learned_from(self, inputs: tuple[Tensor, ...], known: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -383,7 +407,8 @@ class Tuning:
         if self.choices.alignment == "consistency":
             with torch.no_grad():
                 weak = self._learned_from(*self._inputs(beside, epoch))[1]
-            return alignment.consistency(weak, self._learned_from(*self._changed(beside, epoch))[1])
+            strong = self._learned_from(self._changed(beside, epoch), None)[1]
+            return alignment.consistency(weak, strong)
         there = self._learned_from(*self._inputs(beside, epoch))
         factor = alignment.ramp(self.step / (self.epochs * self.per_epoch))
         return alignment.between(
@@ -412,16 +437,19 @@ class Tuning:
             named = alignment.centroid_labels(vectors, linear(vectors)).cpu().numpy()
         self.labels.name(rows, named)
 
-    def _changed(self, rows: Rows, epoch: int) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """As ``_inputs``, but pictures changed much, and texts without some of their tokens."""
+    def _changed(self, rows: Rows, epoch: int) -> tuple[Tensor, ...]:
+        """Pictures changed much, or texts without some of their tokens.
+
+        What frozen layers make of these is never known: what is kept is theirs of the rows unchanged.
+        """
+        tensors = tuple(torch.from_numpy(array).to(self.device) for array in self.pack.batch(rows))
         if self.classifier.spec.modality == "image":
-            (pixels,) = (torch.from_numpy(array).to(self.device) for array in self.pack.batch(rows))
             much = self.choices.augment.model_copy(update=augmentation.MUCH)
-            return (augmentation.augmented(pixels, much, self.choices.seed, epoch, rows),), None
-        (ids, mask), known = self._inputs(rows)
+            return (augmentation.augmented(tensors[0], much, self.choices.seed, epoch, rows),)
+        ids, mask = tensors
         kept = torch.rand(mask.shape, device=mask.device) >= TOKENS_DROPPED
         kept[:, 0] = True  # a text of nothing has no mean
-        return (ids, mask * kept), known
+        return ids, mask * kept
 
     def _inputs(self, rows: Rows, epoch: int | None = None) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """What the classifier is given; with an ``epoch``, pictures as they look in it."""
@@ -519,9 +547,10 @@ class Tuning:
             do="lower train.learning_rate; if it stops at the same rows again, look at these",
         )
 
-    def _note_clock(self, epoch: int, began: float, worked: float) -> None:
+    def _note_clock(self, epoch: int, first: int, began: float, worked: float) -> None:
+        """Tell of an epoch from step ``first`` on, which began then: of one taken up, what came after."""
         seconds = time.monotonic() - began
-        rows = sum(1 for line in self.history.steps if line["epoch"] == epoch) * self.choices.batch
+        rows = (self.step - first) * self.choices.batch
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)  # GiB; Linux counts in KiB
         line = {
             "epoch": epoch,

@@ -257,13 +257,14 @@ class Tuned:
         """
         import torch
 
-        from headstart import features, normalisation, packs, precision
+        from headstart import features, normalisation, precision
 
         pack, device = self.tuning.pack, self.tuning.device
 
         def batches(rows: Rows) -> Iterator[tuple[Tensor, ...]]:
             dealt = np.random.default_rng(self.recipe.train.seed).permutation(rows)
-            for part in packs.cut(dealt, normalisation.BATCH):
+            # Nearly equal: a small last batch would be normalised by the statistics of a few rows.
+            for part in np.array_split(dealt, max(1, round(len(dealt) / normalisation.BATCH))):
                 yield tuple(torch.from_numpy(array) for array in pack.batch(part))
 
         with tempfile.TemporaryDirectory(prefix="headstart-") as folder:

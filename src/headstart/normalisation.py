@@ -52,9 +52,12 @@ def adapted(
         for name, (mean, variance) in seen.items():
             _rebased(layers[name], mean, variance)
             layers[name].reset_running_stats()
-            layers[name].momentum = None  # the mean over all batches
             layers[name].train()
+        rows = 0
         for batch in target:
+            rows += len(batch[0])
+            for name in seen:
+                layers[name].momentum = len(batch[0]) / rows  # the mean over all rows, whatever the batches
             tapped(*(tensor.to(device) for tensor in batch))
     return {
         f"{name}.{key}": getattr(layers[name], key).detach().cpu().clone()
@@ -75,13 +78,16 @@ def write(weights: Path, changed: dict[str, Tensor]) -> None:
 def _moments(
     tapped: nn.Module, layers: dict[str, Any], batches: Iterable[Inputs], device: torch.device
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance, float64 [channels], of what each layer that runs is given."""
+    """Mean and variance of what each layer that runs is given, float64 [channels], on the CPU.
+
+    Apple's GPUs have no float64.
+    """
     sums: dict[str, Tensor] = {}  # [3, channels]: values, their sum, the sum of their squares
 
     def note(name: str, given: Tensor) -> None:
         over = [axis for axis in range(given.ndim) if axis != 1]
         # Copies in float64 would be the largest thing in memory; numbers per channel are small.
-        variance, mean = (part.double() for part in torch.var_mean(given, dim=over, correction=0))
+        variance, mean = (part.cpu().double() for part in torch.var_mean(given, dim=over, correction=0))
         count = torch.full_like(mean, given.numel() / given.shape[1])
         sums[name] = sums.get(name, 0) + torch.stack(
             [count, count * mean, count * (variance + mean.square())]
@@ -104,9 +110,11 @@ def _moments(
 
 def _rebased(layer: Any, mean: Tensor, variance: Tensor) -> None:
     """Give a layer other statistics, and the scale and shift with which it says what it said."""
-    before = (layer.running_var.double() + layer.eps).sqrt()
-    scale = layer.weight.double() / before
-    layer.bias.copy_(layer.bias.double() + scale * (mean - layer.running_mean.double()))
+    weight, bias, own_mean, own_variance = (
+        tensor.cpu().double() for tensor in (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+    )
+    scale = weight / (own_variance + layer.eps).sqrt()
+    layer.bias.copy_(bias + scale * (mean - own_mean))
     layer.weight.copy_(scale * (variance + layer.eps).sqrt())
     layer.running_mean.copy_(mean)
     layer.running_var.copy_(variance)

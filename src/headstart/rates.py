@@ -33,6 +33,9 @@ def sweep(tuning: Tuning, low: float = 1e-6, high: float = 1.0, steps: int = 100
 
     Returns:
         ``learning_rate``, ``loss``, and ``mean``: the running mean of the loss, corrected for its start.
+
+    Raises:
+        HeadstartError: not even the first step can be taken.
     """
     lines: list[dict[str, float]] = []
     mean, lowest = 0.0, float("inf")
@@ -43,8 +46,10 @@ def sweep(tuning: Tuning, low: float = 1e-6, high: float = 1.0, steps: int = 100
         rate = low * (high / low) ** (step / max(1, steps - 1))
         try:
             loss = tuning.learn(order[place], epoch, rate / max(tuning.rates))["loss"]
-        except HeadstartError:  # no longer a number
-            break
+        except HeadstartError:
+            if not lines:  # whatever is wrong, it is not that the rate has risen
+                raise
+            break  # no longer a number
         mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
         smooth = mean / (1 - SMOOTHING ** (step + 1))
         lines.append({"learning_rate": rate, "loss": loss, "mean": smooth})
