@@ -26,7 +26,9 @@ in_words()
     retries=0,
     timeout_seconds=6 * 3600,
 )
-def score(model: str, inputs: list[str], output: str, version: str = "champion") -> str:
+def score(
+    model: str, inputs: list[str], output: str, version: str = "champion", column: str | None = None
+) -> str:
     """Predict every row of the inputs, and say how it went.
 
     Args:
@@ -34,6 +36,7 @@ def score(model: str, inputs: list[str], output: str, version: str = "champion")
         inputs: files, folders or patterns, relative to the project.
         output: a CSV, JSONL or Parquet file; one that is there is replaced.
         version: a number or an alias.
+        column: of tables, what the model looks at; by default ``text``, or ``image`` or else ``path``.
 
     Raises:
         HeadstartError: as of ``scoring.score`` and ``models.load``; the output is as it was.
@@ -41,14 +44,14 @@ def score(model: str, inputs: list[str], output: str, version: str = "champion")
     root = environment.project_root()
     environment.prepare(root)
     with recoverable(root):
-        return _score(model, inputs, output, version)
+        return _score(model, inputs, output, version, column)
 
 
-def _score(model: str, inputs: list[str], output: str, version: str) -> str:
+def _score(model: str, inputs: list[str], output: str, version: str, column: str | None) -> str:
     from headstart import models, scoring
 
     loaded = models.load(model, version)
-    done = scoring.score(loaded, inputs, Path(output))
+    done = scoring.score(loaded, inputs, Path(output), column)
     said = f"{model} version {loaded.version}: {done}; see {output}"
     get_run_logger().info(said)
     named = done.rows - done.errors

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from headstart import heads
+from headstart import heads, images
 from headstart.attributions import Explainer, attribute
 from headstart.calibration import Decision
 from headstart.errors import HeadstartError
@@ -132,9 +134,30 @@ def test_the_parts_of_a_word_are_scored_as_one_word(moods: Model) -> None:
 
 
 def test_words_beyond_what_the_network_reads_have_no_score(moods: Model) -> None:
-    (found,) = attribute(moods, ["splendid lamp " * 100], ["good"])
+    (found,) = attribute(moods, ["splendid lamp " * 100_000], ["good"])
     assert found.words[0][1] != 0
-    assert {score for _, score in found.words[-50:]} == {0}
+    assert found.words[-1][1] == 0
+    assert len(found.words) <= moods.extractor.options.max_tokens  # no list of what nobody has looked at
+
+
+def test_a_word_that_is_cut_in_its_midst_stays_whole(moods: Model) -> None:
+    moods = replace(moods, extractor=copy.copy(moods.extractor))
+    moods.extractor.options = moods.extractor.options.model_copy(update={"max_tokens": 4})
+    text = "lamp unwonderfully quarrelsome lamp"
+    (found,) = attribute(moods, [text], ["good"])
+    assert [word for word, _ in found.words] == ["lamp ", "unwonderfully ", "quarrelsome lamp"]
+
+
+def test_pictures_are_decoded_one_at_a_time(lamps: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    explain, decode, locked = Explainer(lamps), images.read, list[bool]()
+
+    def noted(*arguments: Any) -> None:
+        locked.append(explain.lock.locked())
+        decode(*arguments)
+
+    monkeypatch.setattr(images, "read", noted)
+    explain([lit((0, 0), 1)], ["good"])
+    assert locked == [True]
 
 
 def test_the_map_is_brightest_where_the_lamp_is(lamps: Model) -> None:

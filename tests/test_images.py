@@ -47,6 +47,20 @@ def test_the_whole_picture_is_squeezed_into_the_square() -> None:
     assert (read(encoded(smooth())) == resized(smooth())).all()
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_large_picture_is_in_memory_once(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy, copied = Image.Image.copy, list[tuple[int, int]]()
+
+    def noted(image: Image.Image) -> Image.Image:
+        copied.append(image.size)
+        return copy(image)
+
+    content = encoded(smooth().convert(mode))
+    monkeypatch.setattr(Image.Image, "copy", noted)
+    read(content)
+    assert (60, 40) not in copied
+
+
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
 def test_the_filter_is_the_one_that_the_backbone_names(interpolation: str) -> None:
     expected = smooth().resize((16, 16), Image.Resampling[interpolation.upper()])
@@ -159,7 +173,7 @@ def test_what_is_no_picture_is_told_by_its_size_when_it_has_no_name() -> None:
 def test_whatever_a_decoder_raises_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "odd.png").write_bytes(encoded(smooth()))
 
-    def fail(image: Image.Image) -> None:
+    def fail(image: Image.Image, in_place: bool) -> None:
         raise IndexError
 
     monkeypatch.setattr(ImageOps, "exif_transpose", fail)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pandas as pd
 import pytest
 
-from tests import examples
+from headstart import monitoring
+from headstart.models import Model, Version
+from tests import cached, examples
 from tests.conftest import Project, clone
 
 pytestmark = pytest.mark.slow
@@ -75,6 +79,30 @@ def test_files_are_compared_and_rows_like_the_known_ones_are_no_drift(ran: Proje
     lost = project("headstart", "monitor", "recipes/moods.yaml", "gone.csv")
     assert lost.returncode == 1
     assert "no file matches" in lost.stderr
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([0, 1, 0], ["0", "1", "0"]),
+        ([0.0, 1.0, None], ["0", "1", ""]),
+        ([False, True, False], ["False", "True", "False"]),
+        (["a ", "b", None], ["a", "b", ""]),
+    ],
+    ids=["numbers", "numbers with a gap", "truth values", "words"],
+)
+def test_labels_of_files_get_the_names_that_training_gives_them(
+    labels: list[Any], names: list[str], suffix: str, tmp_path: Path
+) -> None:
+    table, file = pd.DataFrame({"text": ["x", "y", "z"], "label": labels}), tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        table.to_parquet(file)
+    else:
+        table.to_json(file, orient="records", lines=True)
+    model = cast(Model, SimpleNamespace(modality="text"))
+    version = Version("small", "1", "run", {}, tmp_path, model)
+    assert monitoring._given(cached.recipe(), version, [str(file)], 10).labels == names
 
 
 def test_a_batch_that_has_drifted_is_reported_logged_and_told_to_prefect(

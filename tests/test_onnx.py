@@ -127,14 +127,28 @@ def test_a_file_that_does_not_say_the_same_is_never_put_in_place(
     texts: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "small.onnx").write_text("earlier")
-    (tmp_path / "tokenizer.json").write_text("earlier")
     monkeypatch.setattr(onnx, "TOLERANCE", -1.0)
     with pytest.raises(HeadstartError, match="does not say what it says in PyTorch"):
         onnx.export(texts, tmp_path / "small.onnx", TEXTS)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"small.onnx": "earlier"}
+
+
+def test_another_models_tokenizer_is_not_replaced(texts: Version, tmp_path: Path) -> None:
+    (tmp_path / "moods.onnx").write_text("moods")
+    (tmp_path / "tokenizer.json").write_text("of moods")
+    with pytest.raises(HeadstartError, match=r"another tokenizer\.json lies here") as caught:
+        onnx.export(texts, tmp_path / "small.onnx", TEXTS)
+    assert "--output" in caught.value.do
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
-        "small.onnx": "earlier",
-        "tokenizer.json": "earlier",
+        "moods.onnx": "moods",
+        "tokenizer.json": "of moods",
     }
+
+
+def test_models_with_one_tokenizer_share_it(texts: Version, tmp_path: Path) -> None:
+    first = onnx.export(texts, tmp_path / "first.onnx", TEXTS)
+    second = onnx.export(texts, tmp_path / "second.onnx", TEXTS)
+    assert sorted(tmp_path.iterdir()) == [first, second, tmp_path / "tokenizer.json"]
 
 
 def test_another_suffix_is_refused(texts: Version, tmp_path: Path) -> None:

@@ -34,12 +34,15 @@ def test_the_flow_writes_the_commands_file_counts_it_and_leaves_nothing_half_wri
     examples.write_text_project(project.root)
     project.ok("headstart", "run", "recipes/moods.yaml")
     texts = [*examples.GOOD, "", *examples.BAD]
-    pd.DataFrame({"text": texts}).to_csv(project.root / "rows.csv", index=False)
+    pd.DataFrame({"body": texts}).to_csv(project.root / "rows.csv", index=False)
     home = {"PREFECT_HOME": str(project.root / "prefect")}  # whose artifacts are this flow's alone
     given = {"model": "moods", "inputs": ["rows.csv"], "output": "answers.csv", "version": "candidate"}
-    printed = project.ok("python", "-c", FLOW, json.dumps(given), extra=home)
+    printed = project.ok("python", "-c", FLOW, json.dumps(given | {"column": "body"}), extra=home)
     assert printed.splitlines()[-1].startswith(f"moods version 1: {len(texts)} rows in ")
-    project.ok("headstart", "predict", "moods", "rows.csv", "--version", "1", "--output", "same.csv")
+    project.ok(
+        "headstart", "predict", "moods", "rows.csv", "--version", "1", "--column", "body",
+        "--output", "same.csv",
+    )  # fmt: skip
     assert (project.root / "answers.csv").read_bytes() == (project.root / "same.csv").read_bytes()
 
     artifact = json.loads(project.ok("python", "-c", ARTIFACT, extra=home).splitlines()[-1])

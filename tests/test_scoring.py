@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
+import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from headstart import devices, features, scoring
+from headstart import adapters, devices, features, scoring
 from headstart.errors import HeadstartError
 from headstart.models import Version
+from headstart.recipe import Validate
 from tests import versions
 from tests.conftest import Project, clone, isolated
 
@@ -97,6 +102,69 @@ def test_every_kind_of_table_is_read(suffix: str, texts: Version) -> None:
     assert rows["label"].tolist() == texts.model(table["text"].tolist()).labels
 
 
+TABBED = 'key\ttext\n007\t"a café,\treally"\n8\t"dull; ""so"" dull"\n'
+LINES = '{"key": "007", "text": "a café,\\treally"}\n{"key": "8", "text": "dull; \\"so\\" dull"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    {
+        "tabs.tsv": TABBED.encode(),
+        "semicolons.csv": TABBED.replace("\tt", " ; t").replace('\t"', ';"').encode(),
+        "from Windows.csv": TABBED.replace("\tt", ";t").replace('\t"', ';"').encode("cp1252"),
+        "from a spreadsheet.csv": TABBED.replace("\tt", ",t").replace('\t"', ',"').encode("utf-16"),
+        "lines.jsonl": LINES.encode("cp1252"),
+    }.items(),
+)
+def test_a_table_that_trains_is_read_the_same_way(
+    name: str, content: bytes, texts: Version, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    expected = ["a café,\treally", 'dull; "so" dull']
+    options = Validate.model_validate({"adapter": "table", "columns": {"label": "key"}})
+    assert adapters.read(tmp_path, options)["text"].tolist() == expected
+    rows = predicted(texts, name)
+    assert rows[["key", "text"]].to_dict("list") == {"key": ["007", "8"], "text": expected}
+    assert rows["label"].tolist() == texts.model(expected).labels
+
+
+def test_quotation_marks_in_a_tsv_may_be_marks_only(texts: Version, tmp_path: Path) -> None:
+    (tmp_path / "rows.tsv").write_text('text\tkey\n"dull" he said\t1\n"a bore\t2\n')
+    rows = predicted(texts, "rows.tsv")
+    assert rows["text"].tolist() == ['"dull" he said', '"a bore']
+    assert rows["error"].isna().all()
+
+
+def test_a_line_of_json_may_be_longer_than_what_is_read_at_a_time(texts: Version, tmp_path: Path) -> None:
+    lines = [{"text": "a delight", "notes": "x" * size} for size in (5, 3 * scoring.BLOCK, 7)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows = predicted(texts, "rows.jsonl")
+    assert rows["notes"].str.len().tolist() == [5, 3 * scoring.BLOCK, 7]
+    assert rows["error"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("early", "late", "written"),
+    [
+        (None, "a word", [None, "a word"]),
+        (1, 2.5, [1.0, 2.5]),
+        ("2026-01-31", "unknown", ["2026-01-31", "unknown"]),
+        ({"a": None}, {"a": "word", "b": 1}, [{"a": None, "b": None}, {"a": "word", "b": 1}]),
+    ],
+    ids=["nothing", "whole numbers", "dates", "objects"],
+)
+def test_what_a_column_of_json_lines_holds_may_show_late(
+    early: object, late: object, written: list[object], texts: Version, tmp_path: Path
+) -> None:
+    count = 1 + scoring.BLOCK // 1000
+    lines = [json.dumps({"notes": each, "text": "a delight " + 1000 * "x"}) for each in (early, late)]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*lines[:1] * count, lines[1]]))
+    (source,) = scoring.opened(["rows.jsonl"], "small", "text")
+    found = [value for chunk in source.chunks(100) for value in chunk.rows.column("notes").to_pylist()]
+    assert found == [*written[:1] * count, written[1]]
+    assert source.rows == count + 1
+
+
 def test_lines_of_a_text_file_are_texts(texts: Version, tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/one.txt").write_text("\ufeffa delight\r\na bore, truly\n", encoding="utf-8")
@@ -124,6 +192,20 @@ def test_folders_patterns_and_tables_of_images_give_the_same_answers(
     of_bytes = predicted(images, "bytes.parquet", chunk=5)
     assert list(of_bytes.columns) == ["id", *ANSWERS]
     assert of_paths["label"].tolist() == of_bytes["label"].tolist() == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse to write such a name")
+@pytest.mark.parametrize("suffix", READERS)
+def test_an_image_whose_name_is_not_utf_8_is_answered_too(
+    suffix: str, images: Version, pictures: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    shutil.copy(pictures[0], os.fsdecode(b"photos/caf\xe9.png"))
+    scoring.score(images, ["photos"], tmp_path / f"answers{suffix}")
+    rows = READERS[suffix](tmp_path / f"answers{suffix}")
+    assert rows["path"].tolist() == ["photos/caf\\udce9.png"]
+    assert rows["label"].tolist() == images.model(pictures[:1]).labels
+    assert rows["error"].isna().all()
 
 
 def test_an_image_that_cannot_be_read_says_why_and_leaves_the_others_as_they_are(
@@ -183,6 +265,29 @@ def test_a_column_named_like_an_answer_is_kept_under_another_name(texts: Version
     assert twice["given:given:label"].tolist() == once["label"].tolist() == twice["label"].tolist()
 
 
+def test_json_lines_are_json_whatever_the_other_columns_hold(texts: Version, tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "text": ["a delight", "a bore"],
+            "score": [float("nan"), 1.5],
+            "nested": [[{"a": float("inf")}], [{"a": 0.5}]],
+            "picture": [b"\x89PNG", None],
+            "when": pa.array([0, None], pa.timestamp("s")),
+        }
+    )
+    pq.write_table(table, "rows.parquet")
+    scoring.score(texts, ["rows.parquet"], tmp_path / "answers.jsonl")
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    first, second = (json.loads(line, parse_constant=refuse) for line in lines)
+    assert (first["score"], first["nested"], first["picture"]) == (None, [{"a": None}], "iVBORw==")
+    assert (second["score"], second["nested"], second["picture"]) == (1.5, [{"a": 0.5}], None)
+    assert first["when"] == "1970-01-01 00:00:00"
+
+
 def test_several_inputs_become_one_table_in_their_order(texts: Version) -> None:
     for name, start in (("b", 0), ("a", 5)):
         pd.DataFrame({"text": TEXTS[start : start + 5]}).to_csv(f"{name}.csv", index=False)
@@ -201,7 +306,7 @@ def test_several_inputs_become_one_table_in_their_order(texts: Version) -> None:
         ("texts", "numbers.parquet", None, "the column text holds int64, not texts"),
         ("texts", "photo.png", None, "small reads texts, not what is in this file"),
         ("images", "notes.txt", None, "small reads images, not what is in this file"),
-        ("texts", "report.docx", None, ".csv, .jsonl or .parquet"),
+        ("texts", "report.docx", None, ".csv, .jsonl, .parquet or .tsv"),
         ("texts", "broken.parquet", None, "the table cannot be read"),
         ("texts", "broken.jsonl", None, "the table cannot be read"),
         ("texts", "twice.csv", None, "several columns text"),
@@ -230,6 +335,22 @@ def test_inputs_of_different_columns_are_refused_before_anything_is_predicted(te
     pd.DataFrame({"text": ["b"], "key": ["1"]}).to_csv("b.csv", index=False)
     with pytest.raises(HeadstartError, match="different columns"):
         predicted(texts, "a.csv", "b.csv")
+
+
+def test_lines_that_may_not_be_read_are_not_taken_for_an_output_that_cannot_be_written(
+    texts: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes.txt").write_text("a delight\n")
+
+    def refuse(file: str, **options: Any) -> None:  # who runs the tests may be allowed everything
+        raise PermissionError(errno.EACCES, "Permission denied", file)
+
+    monkeypatch.setattr(scoring, "open", refuse, raising=False)
+    with pytest.raises(HeadstartError, match="the lines cannot be read") as caught:
+        scoring.score(texts, ["notes.txt"], tmp_path / "answers.csv")
+    assert caught.value.where == "notes.txt"
+    assert "Permission denied" in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "notes.txt"]
 
 
 def test_an_output_of_unknown_kind_is_refused(texts: Version, tmp_path: Path) -> None:
@@ -413,7 +534,7 @@ def test_the_command_names_what_was_evaluated(finished: tuple[Project, str], tmp
 def test_the_command_prints_csv_and_tells_how_many_rows_failed(finished: tuple[Project, str]) -> None:
     project, name = finished
     if name == "photos":
-        lines = ["inbox/photos/dark/000.png", "inbox/photos/none.png"]
+        lines = ["start/photos/dark/000.png", "start/photos/none.png"]
     else:
         lines = ["a delight, truly", ""]
     done = subprocess.run(

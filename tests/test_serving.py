@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -109,7 +112,7 @@ def images(project: Project) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def pictures(project: Project) -> list[Path]:
-    return sorted((project.root / "inbox/photos").rglob("*.png"))
+    return sorted((project.root / "start/photos").rglob("*.png"))
 
 
 def in_base64(path: Path) -> str:
@@ -253,6 +256,16 @@ def test_a_bad_image_gets_a_reason(images: Server, row: dict[str, Any], words: s
 
 
 @slow
+def test_a_picture_that_would_fill_the_memory_is_refused_unseen(images: Server) -> None:
+    side, sink = 1 + math.isqrt(serving.MOST_PIXELS), io.BytesIO()
+    Image.new("L", (side, side)).save(sink, format="PNG")
+    assert len(sink.getvalue()) < serving.MOST_BYTES / 100
+    image = base64.b64encode(sink.getvalue()).decode()
+    told(images.rows({"image": image}), 400, r"\(\d+ pixels\) exceeds limit")
+    told(images.post("/explain", {"image": image}), 400, r"\(\d+ pixels\) exceeds limit")
+
+
+@slow
 def test_a_request_cannot_name_a_file_of_the_server(images: Server, pictures: list[Path]) -> None:
     told(images.rows({"path": str(pictures[0])}), 400, "need a column image")
 
@@ -331,6 +344,49 @@ def test_it_stops_cleanly_and_leaves_no_process(project: Project, how: int) -> N
         assert server.stop(how) == 0
         with pytest.raises(ProcessLookupError):
             os.killpg(server.process.pid, 0)
+
+
+# A server without a model, one of whose steps is another: what a signal meets there.
+SIGNALLED = """
+import asyncio, os, signal, sys, time
+from types import SimpleNamespace
+import uvicorn
+from headstart import serving
+
+serve = uvicorn.Server.serve
+
+async def early(server, sockets):
+    os.kill(os.getpid(), signal.SIGTERM)  # before uvicorn listens for it
+    await serve(server, sockets)
+
+async def late(server, sockets):
+    asyncio.get_running_loop().run_in_executor(None, time.sleep, 60)  # a request that goes on
+    print("stopped", flush=True)
+
+serving.app_of = lambda version: None
+uvicorn.Server.serve = {"early": early, "late": late}[sys.argv[1]]
+serving.serve(SimpleNamespace(name="small", version="1"), serving.bound("127.0.0.1", 0))
+"""
+
+
+def test_a_signal_that_comes_before_the_server_listens_stops_it() -> None:
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, "early"], stdout=subprocess.DEVNULL, timeout=50)
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_server_that_waits_for_a_request_can_be_stopped_again(how: int) -> None:
+    command = [sys.executable, "-c", SIGNALLED, "late"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != "stopped\n":
+            pass
+        deadline = time.monotonic() + 30
+        while process.poll() is None and time.monotonic() < deadline:
+            process.send_signal(how)  # the first may come while uvicorn still returns
+            time.sleep(0.1)
+        process.kill()
+    assert process.returncode == -how
 
 
 @slow

@@ -173,7 +173,7 @@ def columns(file: Path, names: set[str]) -> pd.DataFrame:
         HeadstartError: the table is damaged.
     """
     content = _read(file, names)[1]
-    return pd.DataFrame({name: [_string(value) or None for value in content[name]] for name in sorted(names)})
+    return pd.DataFrame({name: [as_text(value) or None for value in content[name]] for name in sorted(names)})
 
 
 def _one_table(file: Path, options: Validate) -> pd.DataFrame:
@@ -193,7 +193,7 @@ def _one_table(file: Path, options: Validate) -> pd.DataFrame:
                 where=str(file),
                 do=f"give the {role} as one value a row",
             )
-        rows[role] = [_string(value) for value in content[column]]
+        rows[role] = [as_text(value) for value in content[column]]
     rows["text"], rows["original"] = _mended(rows["text"])
     rows["left_out"] = [None if label else NO_LABEL for label in rows["label"]]
     if "split" in rows:
@@ -228,15 +228,29 @@ def _content(file: Path, wanted: set[str]) -> tuple[list[str], Columns]:
     text = _decode(file)
     if file.suffix.lower() == ".jsonl":
         return _json_lines(text, wanted)
+    between = separator(file, text.split("\n", 1)[0], wanted)
+    try:
+        return _separated(text, between, wanted)
+    except csv.Error:
+        if between != "\t":
+            raise
+        # Quotation marks that only quote: the file knows no quoting.
+        return _separated(text, between, wanted, csv.QUOTE_NONE)
+
+
+def separator(file: Path, header: str, wanted: set[str]) -> str:
+    """What stands between the cells of a CSV or TSV file.
+
+    Args:
+        file: its name tells a TSV.
+        header: its first line.
+        wanted: columns that it should have.
+    """
     if file.suffix.lower() == ".tsv":
-        try:
-            return _separated(text, "\t", wanted)
-        except csv.Error:  # quotation marks that only quote: the file knows no quoting
-            return _separated(text, "\t", wanted, csv.QUOTE_NONE)
-    header = text.split("\n", 1)[0]
+        return "\t"
     # Spreadsheets write semicolons where the comma is the decimal point.
     semicolons = wanted <= {name.strip(' \r"') for name in header.split(";")} and ";" in header
-    return _separated(text, ";" if semicolons else ",", wanted)
+    return ";" if semicolons else ","
 
 
 def _separated(
@@ -387,7 +401,7 @@ def _decode(file: Path) -> str:
     return data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape").replace("\r\n", "\n")
 
 
-def _string(value: Any) -> str | None:
+def as_text(value: Any) -> str | None:
     """A cell as text without spaces around it: 1.0 is 1 (whole columns turn to floats over one gap)."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,8 @@ class Attribution:
     Args:
         label: the class that is spoken for.
         words: of a text: its words in order, with the blanks that follow them, so that joined they are the
-            text; and a score from -1, against the label, to 1, for it. The largest is 1 or -1.
+            text; and a score from -1, against the label, to 1, for it. The largest is 1 or -1. What lies
+            beyond the tokens that the network reads is the last of them, in one piece, with 0.
         map: of an image: float32 [side, side], 0 to 1, large where it matters for the label; the side is
             that of the pixels the network sees.
     """
@@ -83,7 +85,8 @@ class Explainer:
 
         from headstart import backbones, features
 
-        self.model, self.lock = model, Lock()  # hooks leave tensors on the way
+        # Hooks leave tensors on the way; and a picture is large while it is decoded.
+        self.model, self.lock = model, Lock()
         extractor, head = model.extractor, model.head
         self.backbone, self.spec = backbones.load(extractor.weights)
         self.layers = extractor.options.layers
@@ -111,9 +114,9 @@ class Explainer:
             )
         found = []
         for item, label in zip(items, labels, strict=True):
-            inputs = extractor.tensors(extractor.reader([item]).read(np.zeros(1, np.int64)))
             target = classes.index(label)
             with self.lock:
+                inputs = extractor.tensors(extractor.reader([item]).read(np.zeros(1, np.int64)))
                 if isinstance(item, str):
                     ids, mask = inputs
                     read = mojibake.mended(item)
@@ -212,11 +215,16 @@ class Explainer:
     def _words(self, text: str, scores: Floats) -> list[tuple[str, float]]:
         """The words of a text, each with the sum of its tokens' scores; what was cut off has 0."""
         self.cutter.enable_truncation(len(scores))
-        words = WORDS.findall(text)
+        offsets = self.cutter.encode(text).offsets
+        last = max((end for _, end in offsets), default=0)
+        # Word by word no further than the network reads: a book has a million of them.
+        words = [found[0] for found in takewhile(lambda word: word.start() < last, WORDS.finditer(text))]
+        if rest := text[sum(map(len, words)) :]:
+            words.append(rest)
         ends = np.cumsum([len(word) for word in words])
         sums = np.zeros(len(words))
         # A token may begin with the blank before its word, but ends where it does.
-        for (start, end), score in zip(self.cutter.encode(text).offsets, scores, strict=False):
+        for (start, end), score in zip(offsets, scores, strict=False):
             if end > start:
                 sums[np.searchsorted(ends, end - 1, side="right")] += score
         largest = np.abs(sums).max(initial=0)

@@ -368,16 +368,16 @@ def export(
     _anywhere()
     from headstart import models
 
-    loaded = models.load(name, version)
+    here, loaded = Path.cwd(), models.load(name, version)  # what follows may go to the project's root
     if onnx:
         from headstart import onnx as form
 
         examples: list[Item] = []
         with contextlib.suppress(HeadstartError):  # outside of its project, made-up rows are compared
             examples = form.examples(*_recipe_of(name))
-        made = form.export(loaded, (output or Path(f"{name}.onnx")).resolve(), examples)
+        made = form.export(loaded, here / (output or f"{name}.onnx"), examples)
     else:
-        made = models.export(loaded, (output or Path(f"{name}-{loaded.version}")).resolve())
+        made = models.export(loaded, here / (output or f"{name}-{loaded.version}"))
     print(f"{name} version {loaded.version} is exported to {made}")
 
 

@@ -42,8 +42,8 @@ def read(item: Path | bytes, side: int, interpolation: str, into: Pixels) -> Non
     try:
         with Image.open(item if isinstance(item, Path) else io.BytesIO(item)) as image:
             image.draft(None, (2 * side, 2 * side))  # JPEG only: decodes at the next larger eighth
-            upright = _eight_bits(ImageOps.exif_transpose(image))
-            resized = upright.resize((side, side), resampling).convert("RGB")
+            ImageOps.exif_transpose(image, in_place=True)
+            resized = _eight_bits(image).resize((side, side), resampling).convert("RGB")
     except Exception as error:  # decoders raise what they like on a damaged file
         why = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
         why = getattr(error, "strerror", None) or why or type(error).__name__
@@ -59,14 +59,17 @@ def read(item: Path | bytes, side: int, interpolation: str, into: Pixels) -> Non
 def _eight_bits(image: Image) -> Image:
     """The image in mode L or RGB; 16-bit grey keeps its upper eight bits, where Pillow would cut it off.
 
-    Transparency is left away: what a program painted below it counts.
+    Transparency is left away: what a program painted below it counts. Nothing is copied without need: a large
+    picture is large.
     """
     from PIL import Image
 
     if image.mode == "F":
         raise ValueError("its values are fractions, and nothing says which of them is white")
     if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.int64)
+        grey = np.asarray(image)
         return Image.fromarray((grey.clip(0, 65535) >> 8).astype(np.uint8))
     image.info.pop("transparency", None)  # Pillow warns of one that it does not convert
-    return image if image.mode == "L" else image.convert("L" if image.mode in {"1", "LA"} else "RGB")
+    if image.mode in {"L", "RGB"}:
+        return image
+    return image.convert("L" if image.mode in {"1", "LA"} else "RGB")

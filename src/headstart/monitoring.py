@@ -273,8 +273,8 @@ def _given(recipe: Recipe, version: Version, inputs: Sequence[str], most: int) -
                 labels = chunk.rows.column(columns.label).to_pylist() if has else None
                 for place, item in items.items():
                     row = f"{source.where}, row {passed + place + 1}"
-                    name = str(item) if isinstance(item, Path) else row
-                    yield name, item, str(labels[place] or HIDDEN) if labels else HIDDEN
+                    name = scoring.escaped(str(item)) if isinstance(item, Path) else row
+                    yield name, item, adapters.as_text(labels[place]) or HIDDEN if labels else HIDDEN
                 passed += chunk.rows.num_rows
 
     kept = heapq.nsmallest(most, rows(), key=lambda row: _hash(row[0]))

@@ -55,7 +55,7 @@ def export(version: Version, output: Path, examples: Sequence[Item] = ()) -> Pat
 
     Raises:
         HeadstartError: the network cannot be written as ONNX or does not say the same there; an example
-            cannot be read; or the disk is full or not writable.
+            cannot be read; another ``tokenizer.json`` lies there; or the disk is full or not writable.
     """
     from headstart.features import Tapped
 
@@ -65,7 +65,15 @@ def export(version: Version, output: Path, examples: Sequence[Item] = ()) -> Pat
     # Afresh: the network that serves may compute in bfloat16 or on a GPU, or have its attention exchanged.
     network, spec = backbones.load(extractor.weights)
     tapped = Tapped(network, spec, extractor.options.layers, extractor.options.views).eval()
+    tokenizer, beside = _tokenizer(version), output.with_name("tokenizer.json")
     with unwritable_named(output):
+        if tokenizer is not None and beside.exists() and beside.read_bytes() != tokenizer:
+            # Put in its place, ours would be read with whatever model that one belongs to.
+            raise HeadstartError(
+                "another tokenizer.json lies here, which a model beside it may need",
+                where=str(beside),
+                do=f"name another folder, as in --output FOLDER/{output.name}, or delete what nobody needs",
+            )
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
             written = Path(folder) / output.name
@@ -74,10 +82,10 @@ def export(version: Version, output: Path, examples: Sequence[Item] = ()) -> Pat
                 program.model.metadata_props.update(_described(version))
                 program.save(written, external_data=False)
             _compare(written, tapped, version, examples or _made_up(spec.modality))
-            if spec.modality == "text":
-                tokenizer = Path(folder) / "tokenizer.json"
-                _tokenizer(version).save(str(tokenizer))
-                tokenizer.replace(output.parent / tokenizer.name)
+            if tokenizer is not None:
+                vocabulary = Path(folder) / beside.name
+                vocabulary.write_bytes(tokenizer)
+                vocabulary.replace(beside)
             written.replace(output)
     return output
 
@@ -158,16 +166,19 @@ def _described(version: Version) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in known.items()}
 
 
-def _tokenizer(version: Version) -> Any:
-    """The tokenizer, told to cut and to pad as the model expects."""
+def _tokenizer(version: Version) -> bytes | None:
+    """The tokenizer.json of a text model, told to cut and to pad as the model expects."""
     from tokenizers import Tokenizer
 
     extractor = version.model.extractor
+    if extractor.spec.modality != "text":
+        return None
     cutter = Tokenizer.from_file(str(extractor.weights / "tokenizer.json"))
     cutter.enable_truncation(min(extractor.options.max_tokens, extractor.spec.preprocessing["max_tokens"]))
     padding = extractor.padding
     cutter.enable_padding(pad_id=padding, pad_token=cutter.id_to_token(padding) or "[PAD]")
-    return cutter
+    written: str = cutter.to_str(pretty=True)
+    return written.encode()
 
 
 def _compare(written: Path, tapped: nn.Module, version: Version, items: Sequence[Item]) -> None:

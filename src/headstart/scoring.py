@@ -7,22 +7,26 @@ it. Never holds more than a few chunks of rows, never stops at a bad row, and ne
 
 from __future__ import annotations
 
+import base64
+import codecs
 import csv
 import glob
 import json
+import math
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import numpy as np
 
-from headstart.adapters import IMAGE_SUFFIXES
+from headstart import mojibake
+from headstart.adapters import IMAGE_SUFFIXES, TABLE_SUFFIXES, separator
 from headstart.errors import HeadstartError
 from headstart.layout import unwritable_named
 from headstart.models import NO_LABEL, Model, Version, arithmetic_here
@@ -34,12 +38,13 @@ if TYPE_CHECKING:
     from headstart.features import Images, Item, Rows
 
 STDIN = "-"
-TABLES = (".csv", ".jsonl", ".parquet")
+TABLES = tuple(sorted(TABLE_SUFFIXES))
+OUTPUTS = (".csv", ".jsonl", ".parquet")
 LOOSE = {"image": tuple(sorted(IMAGE_SUFFIXES)), "text": (".txt",)}  # files that are rows, or lines of them
 COLUMNS = {"image": ("image", "path"), "text": ("text",)}  # that hold the items: the first that a table has
 # Rows at a time: enough that texts of one length find each other, few enough that pictures fit in memory.
 CHUNK = {"image": 256, "text": 4096}
-BLOCK_BYTES = 1 << 20  # of JSON lines, whose types the first block tells; a dozen are read ahead
+BLOCK = 1 << 20  # characters of JSON lines that are parsed together, or more where one line has more
 GIVEN = "given:"  # before the name of a column that has the name of an answer
 Write = Callable[["pa.RecordBatch"], None]
 
@@ -49,6 +54,7 @@ class Chunk(NamedTuple):
 
     rows: pa.RecordBatch
     faults: dict[int, str] = {}  # noqa: RUF012  # never written to; of rows that are damaged, by position
+    items: list[str] | None = None  # if the rows cannot hold them: a file may have a name that is not UTF-8
 
 
 @dataclass(frozen=True)
@@ -119,11 +125,11 @@ def score(
 
     devices.keep_memory()
     start, model = time.monotonic(), version.model
-    if output is not None and output.suffix.lower() not in TABLES:
+    if output is not None and output.suffix.lower() not in OUTPUTS:
         raise HeadstartError(
             f"answers cannot be written as {output.suffix or 'a file without a suffix'}",
             where=str(output),
-            do=f"take a name that ends in {_listed(TABLES)}",
+            do=f"take a name that ends in {_listed(OUTPUTS)}",
         )
     sources = opened(inputs, version.name, model.modality, column)
     schema = _schema(sources, model.classes)
@@ -202,7 +208,7 @@ def items_of(source: Source, chunk: Chunk, modality: str) -> tuple[dict[int, Ite
     """What is to be looked at, and what is wrong with rows that have none; each by position in the chunk."""
     faults = dict(chunk.faults)
     items: dict[int, Item] = {}
-    for place, value in enumerate(chunk.rows.column(source.item).to_pylist()):
+    for place, value in enumerate(chunk.items or chunk.rows.column(source.item).to_pylist()):
         if place in faults:
             continue
         if not value or (isinstance(value, str) and not value.strip()):
@@ -352,13 +358,17 @@ def _loose(files: list[str]) -> Source:
 
 def _lines(file: str, column: str) -> Source:
     """A row for each line of a file or of standard input: a text, or the path of an image."""
+    where = "standard input" if file == STDIN else file
 
     def lines() -> Iterator[str]:
         file_or_pipe = sys.stdin.fileno() if file == STDIN else file
-        with open(file_or_pipe, encoding="utf-8-sig", errors="replace") as text:  # noqa: PTH123
+        with (
+            _named(where, "the lines"),
+            open(file_or_pipe, encoding="utf-8-sig", errors="replace") as text,  # noqa: PTH123
+        ):
             yield from (line.rstrip("\n") for line in text)
 
-    return _listing(column, _Again(lines), "standard input" if file == STDIN else file)
+    return _listing(column, _Again(lines), where)
 
 
 @dataclass(frozen=True)
@@ -379,23 +389,33 @@ def _listing(column: str, values: Iterable[str], where: str, rows: int | None = 
     def chunks(size: int) -> Iterator[Chunk]:
         rest = iter(values)
         while some := list(islice(rest, size)):
-            yield Chunk(pa.RecordBatch.from_arrays([pa.array(some, pa.string())], schema=schema))
+            shown = pa.array(map(escaped, some), pa.string())
+            yield Chunk(pa.RecordBatch.from_arrays([shown], schema=schema), items=some)
 
     return Source(where, schema, column, chunks, rows)
+
+
+def escaped(name: str) -> str:
+    r"""A file's name as UTF-8 can hold it: a byte that is not UTF-8 becomes ``\udc..``."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _table(path: Path, modality: str, column: str | None) -> Source:
     """The rows of a table; of a CSV all columns are strings, so that 007 stays what it is."""
     import pyarrow as pa
 
-    opener = {".csv": _csv, ".jsonl": _json_lines, ".parquet": _parquet}[path.suffix.lower()]
-    with _named(path):
-        schema, read, rows = opener(path)
+    wanted = COLUMNS[modality] if column is None else (column,)
+    with _named(str(path)):
+        if path.suffix.lower() == ".parquet":
+            schema, read, rows = _parquet(path)
+        elif path.suffix.lower() == ".jsonl":
+            schema, read, rows = _json_lines(path)
+        else:
+            schema, read, rows = _separated(path, wanted)
     if twice := [name for name, count in Counter(schema.names).items() if count > 1]:
         raise HeadstartError(
             f"the table has several columns {twice[0]}", where=str(path), do="give each a name of its own"
         )
-    wanted = COLUMNS[modality] if column is None else (column,)
     item = next((name for name in wanted if name in schema.names), None)
     if item is None:
         raise HeadstartError(
@@ -413,39 +433,62 @@ def _table(path: Path, modality: str, column: str | None) -> Source:
         )
 
     def chunks(size: int) -> Iterator[Chunk]:
-        with _named(path):
+        with _named(str(path)):
             yield from read(size)
 
     return Source(str(path), schema, item, chunks, rows, path.parent)
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Turn what is wrong with a table into words."""
+def _named(where: str, what: str = "the table") -> Iterator[None]:
+    """Turn what is wrong with an input into words."""
     import pyarrow as pa
 
     try:
         yield
-    except (pa.ArrowException, csv.Error, UnicodeDecodeError, OSError) as error:
+    except (pa.ArrowException, csv.Error, UnicodeError, OSError) as error:
         raise HeadstartError(
-            "the table cannot be read", where=str(path), table=str(error).splitlines()[:3], do="mend the file"
+            f"{what} cannot be read", where=where, table=str(error).splitlines()[:3], do="mend the file"
         ) from error
 
 
 Opened = tuple["pa.Schema", Callable[[int], Iterator[Chunk]], "int | None"]
 
 
-def _csv(path: Path) -> Opened:
+def _text(path: Path) -> TextIO:
+    """A table's text, decoded as the adapter ``table`` does it: stray bytes become lone surrogates."""
+    with path.open("rb") as file:
+        marked = file.read(2) in {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE}
+    return path.open(encoding="utf-16" if marked else "utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _separated(path: Path, wanted: Sequence[str]) -> Opened:
+    """A CSV or TSV file, whose cells are told apart as the adapter ``table`` does it."""
     import pyarrow as pa
 
     csv.field_size_limit(sys.maxsize)  # a field may be a whole book
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        names = next(csv.reader(file), [])
+    with _text(path) as file:
+        header = file.readline().rstrip("\r\n")
+    found = [separator(path, header, {name}) for name in wanted]
+    between = next((each for each in found if each != ","), ",")
+    quoting: Any = csv.QUOTE_MINIMAL
+    if between == "\t":
+        with _text(path) as file:
+            try:
+                deque(csv.reader(file, delimiter=between, strict=True), maxlen=0)
+            except csv.Error:  # quotation marks that only quote: the file knows no quoting
+                quoting = csv.QUOTE_NONE
+
+    def cells(file: TextIO) -> Iterator[list[str]]:
+        return csv.reader(map(mojibake.windows, file), delimiter=between, quoting=quoting)
+
+    with _text(path) as file:
+        names = [name.strip() for name in next(cells(file), [])]
     schema = pa.schema([(name, pa.string()) for name in names])
 
     def read(size: int) -> Iterator[Chunk]:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = filter(None, csv.reader(file))
+        with _text(path) as file:
+            lines = filter(None, cells(file))
             next(lines, None)
             while some := list(islice(lines, size)):
                 faults = {
@@ -461,17 +504,34 @@ def _csv(path: Path) -> Opened:
 
 
 def _json_lines(path: Path) -> Opened:
+    """A JSONL file, which is read twice: what a column holds may show in its last line alone."""
+    import pyarrow as pa
     import pyarrow.json
 
-    def begun() -> Any:
-        return pyarrow.json.open_json(path, pyarrow.json.ReadOptions(block_size=BLOCK_BYTES))
+    def blocks(schema: pa.Schema | None = None) -> Iterator[pa.Table]:
+        parsing = pyarrow.json.ParseOptions(explicit_schema=schema)
+        with _text(path) as file:
+            while lines := file.readlines(BLOCK):  # whole lines, which pyarrow's own blocks are not
+                block = mojibake.windows("".join(lines)).encode()
+                if block.strip():
+                    reading = pyarrow.json.ReadOptions(use_threads=False, block_size=len(block))
+                    yield pyarrow.json.read_json(pa.BufferReader(block), reading, parsing)
+
+    schema, rows = pa.schema([]), 0
+    for block in blocks():
+        # What looks like a time stays as it is written: another block may have words there.
+        fields = [
+            field.with_type(pa.string()) if pa.types.is_timestamp(field.type) else field
+            for field in block.schema
+        ]
+        schema = pa.unify_schemas([schema, pa.schema(fields)], promote_options="permissive")
+        rows += block.num_rows
 
     def read(size: int) -> Iterator[Chunk]:
-        for batch in begun():
-            for start in range(0, batch.num_rows, size):
-                yield Chunk(batch.slice(start, size))
+        for block in blocks(schema):
+            yield from map(Chunk, block.to_batches(size))
 
-    return begun().schema, read, None
+    return schema, read, rows
 
 
 def _parquet(path: Path) -> Opened:
@@ -547,7 +607,23 @@ def _csv_lines(file: Any, schema: pa.Schema) -> Write:
 
 def _objects(file: Any) -> Write:
     def write(batch: pa.RecordBatch) -> None:
-        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in batch.to_pylist())
+        for row in batch.to_pylist():
+            line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, default=_worded)
+            file.write(line + "\n")
         file.flush()
 
     return write
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for NaN and infinity, which JSON does not know, however deep they lie."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _worded(value: object) -> str:
+    """What JSON has no form for, as a text; bytes in base64, as a served model takes them."""
+    return base64.b64encode(value).decode("ascii") if isinstance(value, bytes) else str(value)

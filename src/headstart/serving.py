@@ -14,6 +14,7 @@ import json
 import logging
 import signal
 import socket
+import warnings
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from http import HTTPStatus
@@ -40,8 +41,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 MOST_BYTES = 32 << 20  # of a request: some twenty photographs
+MOST_PIXELS = 50 << 20  # of a picture: 200 MB once decoded, whatever the size of its file
 WARM, OPAQUE = (255, 80, 0), 200  # colour of a map, and how much it covers where it is 1
 THREADS = 32  # requests that are parsed, and wait for the network, at a time
+STOPS = (signal.SIGINT, signal.SIGTERM)
 PAGE = Path(__file__).with_name("page.html")
 POLICY = (  # what the page may load: itself
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -357,12 +360,26 @@ def serve(version: Version, at: socket.socket) -> None:
     async def run() -> None:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
         await server.serve(sockets=[at])
+        for sent in STOPS:  # what still goes on in a thread is waited for; whoever asks again will not wait
+            signal.signal(sent, signal.SIG_DFL)
 
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    _limit_pictures()
     server = uvicorn.Server(uvicorn.Config(app_of(version), log_level="warning", timeout_graceful_shutdown=5))
-    for sent in (signal.SIGINT, signal.SIGTERM):  # uvicorn sends itself once more what has stopped it
-        signal.signal(sent, lambda *_: None)
+    for sent in STOPS:  # uvicorn has its own handlers later, and sends itself once more what has stopped it
+        signal.signal(sent, stop)
     at.listen(2048)
     host, port = at.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"serving {version.name} version {version.version} at {address} (Ctrl-C stops it)", flush=True)
     asyncio.run(run())
+
+
+def _limit_pictures() -> None:
+    """Have Pillow refuse, in this process, what has more than ``MOST_PIXELS``, before it decodes it."""
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses twice as many, and warns of those between
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
