@@ -168,6 +168,9 @@ def registered(root: Path) -> Path:
 
 def test_a_registered_model_is_a_backbone_and_brings_its_head(tmp_path: Path) -> None:
     published = registered(tmp_path / "published")
+    earlier = published / "artifacts/backbone/registered"  # of the model that this one went on from
+    earlier.mkdir()
+    (earlier / "model.json").write_text('{"classes": ["other"]}')
     found = fetched(tmp_path, TIMM, published)
     assert spec(found)["source"] == f"file:{published}"
     assert spec(found)["licence"] == "Apache-2.0"

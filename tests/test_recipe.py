@@ -75,6 +75,13 @@ def test_all_faults_are_shown_together(tmp_path: Path) -> None:
     assert "ingest.sauce" in text
 
 
+def test_values_that_nothing_could_be_made_of_are_refused(tmp_path: Path) -> None:
+    text = mistakes(tmp_path, GOOD.replace("feature_extraction", "feature_extraction\n  l2: [1, 0]"))
+    assert "train.l2.1: input should be greater than 0; got 0" in text
+    text = mistakes(tmp_path, GOOD.replace("[negative, positive]", "[a, b, a]"))
+    assert "classes: one of them is named twice" in text
+
+
 def test_splits_that_do_not_sum_to_one_are_refused(tmp_path: Path) -> None:
     text = GOOD.replace("adapter: vader", "adapter: vader\n  splits: {train: 0.9, val: 0.2, test: 0.2}")
     assert "sum to 1.3, not 1" in mistakes(tmp_path, text)
@@ -126,7 +133,17 @@ def test_a_malformed_hash_is_refused(tmp_path: Path) -> None:
 
 
 def test_text_that_is_not_yaml_is_refused_with_its_line(tmp_path: Path) -> None:
-    assert "line 2" in mistakes(tmp_path, "ingest:\n  source: [")
+    assert "line 2" in mistakes(tmp_path, "ingest:\n  source: a: b\n")
+
+
+def test_a_recipe_means_what_dvc_reads_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(GOOD.replace("[negative, positive]", "[no, yes]"), encoding="utf-8")
+    assert load(path).validate_.classes == ["no", "yes"]
+    text = mistakes(tmp_path, GOOD.replace("evaluate: {}", "evaluate: {}\nevaluate: {}"))
+    assert 'found duplicate key "evaluate"' in text and "To suppress" not in text
+    text = mistakes(tmp_path, GOOD.replace("evaluate: {}", "evaluate: {}\nregister: {name: a:b}"))
+    assert "the recipe is not valid YAML" in text
 
 
 def test_an_empty_recipe_is_refused(tmp_path: Path) -> None:

@@ -90,7 +90,9 @@ def _from_champion(published: Path, chosen: Fetch, digest: str, target: Path) ->
     if f"{spec.library}:{spec.architecture}" != chosen.backbone:
         do = f"write `backbone: {spec.library}:{spec.architecture}` under fetch"
         raise _error(chosen, "the registered model has another backbone", [], do)
-    shutil.copytree(parts["backbone"], target, dirs_exist_ok=True)
+    # Where that model itself went on from another, the other's head lies there too.
+    ignored = shutil.ignore_patterns(REGISTERED)
+    shutil.copytree(parts["backbone"], target, dirs_exist_ok=True, ignore=ignored)
     replace(
         spec,
         source=sources.redacted(chosen.source),

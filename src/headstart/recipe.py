@@ -10,10 +10,11 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from headstart.errors import HeadstartError
 
@@ -30,8 +31,8 @@ class Ingest(Block):
     """Where the raw data come from."""
 
     source: str
-    """One URI: ``file:``, ``https:``, ``pip:``, ``hf:`` or any fsspec URL. After ``#``, the
-    file or folder wanted inside an archive."""
+    """One URI: ``file:``, ``https:``, ``pip:`` or any fsspec URL. After ``#``, the file or folder wanted
+    inside an archive."""
     sha256: str | None = Sha256
     """Digest of the downloaded file. Without it, the first fetch prints the line to add."""
     licence: str | None = None
@@ -102,6 +103,12 @@ class Validate(Block):
     """Smallest width or height of an image, in pixels."""
     near_duplicates: bool = True
     """Keep near-duplicates in one group, not only exact ones."""
+
+    @model_validator(mode="after")
+    def _classes_once(self) -> Validate:
+        if self.classes and len(set(self.classes)) < len(self.classes):
+            raise ValueError("classes: one of them is named twice")
+        return self
 
 
 class Fetch(Block):
@@ -219,7 +226,9 @@ class Train(Block):
     """Seed of everything random in training."""
     class_weight: Literal["balanced"] | None = None
     """``balanced`` weighs classes by their inverse frequency."""
-    l2: list[float] = Field(default=[1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0], min_length=1)
+    l2: list[Annotated[float, Field(gt=0)]] = Field(
+        default=[1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0], min_length=1
+    )
     """L2 penalties to try; validation log-loss chooses."""
     decide: Decide = Decide()
     """Which class to name, given the probabilities."""
@@ -462,7 +471,8 @@ def load(path: Path | str) -> Recipe:
             do="use lower-case letters, digits and hyphens",
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # As DVC reads it, which compares the blocks: a parser of YAML 1.1 takes a class `no` for false.
+        content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = sorted(file.stem for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise HeadstartError(
@@ -470,11 +480,11 @@ def load(path: Path | str) -> Recipe:
             where=str(path),
             do=_nearest(path.stem, known) or f"recipes here: {', '.join(known) or 'none'}",
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise HeadstartError(
             "the recipe is not valid YAML",
             where=str(path),
-            table=str(error).splitlines(),
+            table=str(error).partition("\n\n")[0].splitlines(),
             do="mend the line named above",
         ) from None
     if not isinstance(content, dict):
