@@ -7,11 +7,15 @@ import runpy
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import typer
 
 from headstart import cli
+from headstart.layout import Layout
 from headstart.recipe import load
+from headstart.validation import validate
+from tests import examples
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -56,6 +60,30 @@ def test_every_command_in_the_docs_exists(language: str, body: str) -> None:
 @pytest.mark.parametrize(("language", "body"), of_language("python"))
 def test_every_python_block_in_the_docs_compiles(language: str, body: str) -> None:
     compile(body, "docs", "exec")
+
+
+def test_the_adapter_in_the_docs_makes_rows_of_pictures_and_their_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = TEXT[ROOT / "docs/how-to/adapters.md"]
+    (module,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (text,) = re.findall(r"^```yaml\n(# headstart run.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "skin.yaml").write_text(text, encoding="utf-8")
+    chosen, layout = load(tmp_path / "skin.yaml"), Layout(tmp_path, "skin")
+    name, _ = chosen.validate_.adapter.split(":")
+    (tmp_path / f"{name}.py").write_text(module, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    examples.write_images(layout.raw, 40)
+    files = sorted(path.relative_to(layout.raw) for path in layout.raw.rglob("*.png"))
+    listed = [(file, file.parts[0], f"camera {i % 2}", f"patient {i // 2}") for i, file in enumerate(files)]
+    table = pd.DataFrame(listed, columns=["file", "label", "camera", "patient"])
+    table.to_csv(layout.raw / "labels.csv", index=False)
+    validate(chosen, layout)
+    manifest = pd.read_parquet(layout.manifest / "manifest.parquet").set_index("path")
+    given = table.astype(str).set_index("file")
+    assert manifest["label"].to_dict() == given["label"].to_dict()
+    assert manifest["domain"].to_dict() == given["camera"].to_dict()
+    assert manifest["group"].to_dict() == given["patient"].to_dict()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
