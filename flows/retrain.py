@@ -121,8 +121,6 @@ def _retrain(root: Path, recipe: str, reason: str, force: bool) -> State[Outcome
     steps: list[Step] = []
     unreported = layout.work / "unreported"  # a mark that the page may be of an earlier model
     behind = unreported.exists()
-    unreported.parent.mkdir(parents=True, exist_ok=True)
-    unreported.touch()
 
     with timed(steps, "ingest") as step:
         step.outcome = ingest(chosen, layout)
@@ -133,9 +131,13 @@ def _retrain(root: Path, recipe: str, reason: str, force: bool) -> State[Outcome
         with timed(steps, "monitor") as step:
             from tasks.monitor import monitor  # with all of scipy, which most runs can do without
 
-            drift = monitor(chosen, layout)
+            unmonitored(layout).unlink(missing_ok=True)
+            try:
+                drift = monitor(chosen, layout)
+            except BaseException:
+                unmonitored(layout).touch()
+                raise
             step.outcome = "ran" if drift else "fresh"
-        unmonitored(layout).unlink()
         if drift and drift.alarm:
             reason = f"{reason}; {drift.reason}"
     for stage in versioning.order(root, recipe):
@@ -144,7 +146,9 @@ def _retrain(root: Path, recipe: str, reason: str, force: bool) -> State[Outcome
                 get_run_logger().info(f"{stage} is up to date")
             else:
                 run: StageTask = getattr(importlib.import_module(f"tasks.{stage}"), stage)
+                unreported.touch()
                 step.outcome = run(layout, force)
+    unreported.touch()
     with timed(steps, "register") as step:
         registered = register(chosen, layout, reason)
         step.outcome = "ran" if registered.new else "fresh"
@@ -156,7 +160,7 @@ def _retrain(root: Path, recipe: str, reason: str, force: bool) -> State[Outcome
         if behind or not page.exists() or any(step.outcome != "fresh" for step in steps):
             report(chosen, layout, decided)
             step.outcome = "ran"
-    unreported.unlink()
+    unreported.unlink(missing_ok=True)
 
     from headstart.evaluation import headline
 

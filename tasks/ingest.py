@@ -65,7 +65,7 @@ def brought(recipe: Recipe, layout: Layout, log: Callable[[str], None]) -> str:
     list_recipe(layout)
     layout.work.mkdir(parents=True, exist_ok=True)
     outcome = "fresh"
-    if not layout.raw.exists() and versioning.restore_data(layout.root, recipe.name):
+    if not layout.raw.exists() and versioning.restore_data(layout.root, recipe.name, log):
         outcome = "restored"
     origin = _origin(recipe, layout)
     if not layout.raw.exists() or _recorded(layout) != origin:

@@ -27,7 +27,9 @@ from headstart.progress import TERMINAL
 from headstart.stages import ERROR_FILE
 
 Outcome = Literal["ran", "restored"]
-BUSY_TRIES = 60
+# Seconds to wait for a path that another run is using. All of data/ is in use while any recipe's stage reads
+# its part, which may take hours.
+BUSY, DATA_BUSY = 60.0, 6 * 3600.0
 # What DVC tells a person at a terminal after each stage, and nobody needs five times in a log.
 HINTS = ("To track the changes", "To enable auto staging", "Updating lock file", "Use `dvc push`", "\t")
 
@@ -63,7 +65,7 @@ def is_fresh(root: Path, target: str) -> bool:
     """Whether a stage (``train@sentiment``) or a ``.dvc`` file has nothing to do."""
     from dvc.repo import Repo
 
-    with Repo(str(root)) as repo:
+    with Repo(str(root), _wait_for_lock=True) as repo:  # whoever pushes holds it as long
         return not repo.status(targets=[target])
 
 
@@ -99,7 +101,7 @@ def version_data(root: Path, recipe: str, log: Callable[[str], None]) -> None:
     if pointer.exists() and is_fresh(root, "data.dvc"):
         return
     target = f"data/{recipe}" if _others_are_elsewhere(root, recipe) else "data"
-    _dvc(root, ["add", "--quiet", target], log, dict(os.environ))
+    _dvc(root, ["add", "--quiet", target], log, dict(os.environ), patience=DATA_BUSY)
 
 
 def push(root: Path, recipe: str, log: Callable[[str], None]) -> bool:
@@ -117,22 +119,53 @@ def push(root: Path, recipe: str, log: Callable[[str], None]) -> bool:
     return True
 
 
-def restore_data(root: Path, recipe: str) -> bool:
-    """Bring back ``data/<recipe>`` as ``data.dvc`` names it, from the cache or the remote, if possible.
+def restore_data(root: Path, recipe: str, log: Callable[[str], None]) -> bool:
+    """Bring back ``data/<recipe>`` as ``data.dvc`` names it, from the cache or the remote.
 
-    Silent: on a fresh clone without a remote it is not possible, and the source is asked instead.
+    Where DVC has no remote, as on a fresh clone of a project that never had one, it returns False, and the
+    source is asked instead. A checkout that fails would delete what is in ``data/``, so it is only tried with
+    everything at hand.
+
+    Raises:
+        HeadstartError: there is a remote, and it does not give the data: the batches among them can be had
+            nowhere else (transient).
     """
+    from dvc.repo import Repo
+
     if not (root / "data.dvc").exists() or not _listed(root, recipe):
         return False
-    commands = [["checkout", "--quiet", f"data/{recipe}"], ["pull", "--quiet", f"data/{recipe}"]]
-    for command in commands:
-        try:
-            _dvc(root, command, lambda line: None, dict(os.environ))
-        except HeadstartError:
-            continue
-        if (root / "data" / recipe).is_dir():
-            return True
-    return False
+    target = f"data/{recipe}"
+    if not _cached(root, recipe):
+        with Repo(str(root)) as repo:
+            remote = repo.config["core"].get("remote")
+        if not remote:
+            log(f"{target} is versioned, but neither in DVC's cache nor on a remote: asking the source")
+            return False
+        said: list[str] = []
+        with contextlib.suppress(HeadstartError):  # it may also end well, and have brought nothing
+            _dvc(root, ["fetch", "--quiet", target], said.append, dict(os.environ))
+        if not _cached(root, recipe):
+            raise HeadstartError(
+                f"{target} is versioned, and DVC's remote {remote} does not give it",
+                where=str(root / "data.dvc"),
+                table=said[-5:],
+                do="check the remote, or `dvc push` where the data are; "
+                "without data.dvc a run begins again from the sources, without any batch",
+                transient=True,
+            )
+    _dvc(root, ["checkout", "--quiet", target], lambda line: None, dict(os.environ))
+    return (root / target).is_dir()
+
+
+def _cached(root: Path, recipe: str) -> bool:
+    """Whether DVC's cache has every file of ``data/<recipe>``."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        out = repo.stage.load_file(str(root / "data.dvc"))[0].outs[0]
+        tree = out.get_obj()
+        mine = [digest.value for key, _, digest in tree or () if key[0] == recipe]
+        return bool(mine) and all(map(out.cache.exists, mine))
 
 
 def restore_stage(root: Path, target: str) -> None:
@@ -169,17 +202,20 @@ def _dvc(
     log: Callable[[str], None],
     environment: dict[str, str],
     error_file: Path | None = None,
+    *,
+    patience: float = BUSY,
 ) -> list[str]:
     """Run ``dvc`` with this interpreter's environment first on the path; return its output's lines.
 
-    A path that another run is using makes DVC fail at once ("is busy"), so that is tried again
-    for a minute; ``--wait-for-lock`` covers the repository's own lock.
+    A path that another run is using makes DVC fail at once ("is busy"), so that is tried again for
+    ``patience`` seconds; ``--wait-for-lock`` covers the repository's own lock.
     """
     if sys.stderr.isatty():
         environment[TERMINAL] = os.ttyname(sys.stderr.fileno())
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
-    for attempt in range(BUSY_TRIES):
+    deadline, pause = time.monotonic() + patience, 1.0
+    while True:
         lines = []
         with subprocess.Popen(
             command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -197,9 +233,10 @@ def _dvc(
             return lines
         if error_file and error_file.exists():
             raise HeadstartError(**json.loads(error_file.read_text(encoding="utf-8")))
-        if not any("is busy" in line for line in lines) or attempt == BUSY_TRIES - 1:
+        if not any("is busy" in line for line in lines) or time.monotonic() > deadline:
             break
-        time.sleep(1)
+        time.sleep(pause)
+        pause = min(2 * pause, 10.0)
     raise HeadstartError(
         f"`dvc {' '.join(arguments)}` failed with exit code {process.returncode}",
         where=str(root),

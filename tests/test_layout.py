@@ -53,10 +53,12 @@ def test_a_kill_while_the_old_folder_is_deleted_leaves_no_part_of_it(
         delete(path, **how)
 
     if not (child := os.fork()):
-        monkeypatch.setattr(shutil, "rmtree", cut_short)
-        with written_whole(target) as folder:
-            filled(folder, "new")
-        os._exit(1)
+        try:
+            monkeypatch.setattr(shutil, "rmtree", cut_short)
+            with written_whole(target) as folder:
+                filled(folder, "new")
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert names(target) == ["new"]
     with written_whole(target) as folder:  # what was left over is in nobody's way
@@ -81,6 +83,31 @@ def test_an_error_between_the_two_renames_brings_the_old_folder_back(
         patch.setattr(Path, "rename", refused)
     assert names(target) == ["old"]
     assert names(tmp_path) == ["data"]
+
+
+def test_after_a_kill_between_the_two_renames_the_old_folder_is_back_whole(tmp_path: Path) -> None:
+    filled(tmp_path / ".data.old.partial", "old")
+    filled(tmp_path / ".data.partial", "new")
+    with pytest.raises(RuntimeError), written_whole(tmp_path / "data"):
+        assert names(tmp_path / "data") == ["old"]
+        raise RuntimeError
+    assert names(tmp_path) == ["data"]
+    assert names(tmp_path / "data") == ["old"]
+
+
+def test_a_link_or_a_file_gives_way_too(tmp_path: Path) -> None:
+    elsewhere, target = filled(tmp_path / "elsewhere", "old"), tmp_path / "data"
+    target.symlink_to(elsewhere)
+    for name in ("first", "second"):
+        with written_whole(target) as folder:
+            filled(folder, name)
+        assert names(target) == [name]
+    shutil.rmtree(target)
+    target.write_text("a file")
+    with written_whole(target) as folder:
+        filled(folder, "third")
+    assert names(tmp_path) == ["data", "elsewhere"]
+    assert names(elsewhere) == ["old"]
 
 
 def test_what_may_not_be_read_is_not_called_what_could_not_be_written(tmp_path: Path) -> None:

@@ -113,11 +113,13 @@ def test_a_target_like_the_source_changes_nothing_and_what_does_not_run_is_left_
     backbones.Spec.read(folder)
 
 
-def test_every_row_of_the_target_counts_the_same_in_whatever_batches(weights: Path) -> None:
+@pytest.mark.parametrize("views", [1, 2])
+def test_every_row_of_the_target_counts_the_same_in_whatever_batches(weights: Path, views: int) -> None:
     source, target = pixels(48), pixels(48, seed=1)
     target[40:] *= 0.3
+    options = OPTIONS.model_copy(update={"views": views})
     whole, parts = (
-        normalisation.adapted(weights, OPTIONS, [(source,)], [(x,) for x in target.split(size)], CPU)
+        normalisation.adapted(weights, options, [(source,)], [(x,) for x in target.split(size)], CPU)
         for size in (48, 40)
     )
     assert parts["bn1.running_mean"] == pytest.approx(whole["bn1.running_mean"], abs=1e-4)

@@ -147,6 +147,10 @@ def test_a_version_that_was_deleted_is_passed_over_and_blocks_nothing(registry: 
     pending = {"entry": asdict(promotion.history(client, NAME)[-1]), "aliases": {"previous": "3"}}
     client.set_registered_model_tag(NAME, promotion.PENDING, json.dumps(pending))
     client.delete_model_version(NAME, "3")
+    promotion.carry_through(client, NAME)
+    assert promotion.aliases(client, NAME) == {"champion": "2", "challenger": "4"}
+    pending["aliases"] = {"champion": "3", "previous": "2"}
+    client.set_registered_model_tag(NAME, promotion.PENDING, json.dumps(pending))
     client.delete_model_version(NAME, "4")
     promotion.carry_through(client, NAME)
     assert promotion.aliases(client, NAME) == {"champion": "2"}

@@ -59,6 +59,7 @@ def test_a_good_batch_is_versioned_pushed_and_moves_no_row_and_outlives_a_change
     shutil.copy(project.root / "data.dvc", elsewhere / "data.dvc")
     Project(elsewhere, project.environment).ok("dvc", "pull", "data.dvc")
     assert digest(elsewhere / "data") == digest(project.root / "data")
+    without_its_remote(project, tmp_path)
     project.ok("dvc", "repro", "validate@moods")
     rows = manifest(project).set_index("id")
     assert len(rows) == 300
@@ -71,6 +72,24 @@ def test_a_good_batch_is_versioned_pushed_and_moves_no_row_and_outlives_a_change
     after = manifest(project).set_index("id")
     assert after["batch"].value_counts().to_dict() == {"": 280, "monday": 60}
     assert after.loc[before.index, "split"].equals(before)
+
+
+def without_its_remote(project: Project, tmp_path: Path) -> None:
+    """Another machine whose remote is away does not go on with the source alone, and forget the batches."""
+    other = project.copy(tmp_path / "other")
+    shutil.rmtree(other.root / "data")
+    shutil.rmtree(other.root / ".dvc/cache")
+    pointer = (other.root / "data.dvc").read_text()
+    store = tmp_path / "store"
+    store.rename(tmp_path / "away")
+    failed = other("headstart", "ingest", "recipes/moods.yaml")
+    assert failed.returncode == 1
+    assert "data/moods is versioned, and DVC's remote store does not give it" in failed.stderr
+    assert (other.root / "data.dvc").read_text() == pointer
+    (tmp_path / "away").rename(store)
+    other.ok("headstart", "ingest", "recipes/moods.yaml")
+    assert digest(other.root / "data") == digest(project.root / "data")
+    assert (other.root / "data.dvc").read_text() == pointer
 
 
 def test_a_bad_batch_leaves_the_versioned_data_as_they_are_to_the_byte(project: Project) -> None:

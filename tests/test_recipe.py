@@ -79,7 +79,7 @@ def test_values_that_nothing_could_be_made_of_are_refused(tmp_path: Path) -> Non
     text = mistakes(tmp_path, GOOD.replace("feature_extraction", "feature_extraction\n  l2: [1, 0]"))
     assert "train.l2.1: input should be greater than 0; got 0" in text
     text = mistakes(tmp_path, GOOD.replace("[negative, positive]", "[a, b, a]"))
-    assert "classes: one of them is named twice" in text
+    assert "validate.classes: one of them is named twice; got ['a', 'b', 'a']" in text
 
 
 def test_splits_that_do_not_sum_to_one_are_refused(tmp_path: Path) -> None:

@@ -349,7 +349,7 @@ class Tuning:
         mine = rows[rank::count]
         idle = not len(mine)  # every process must take part, or the others wait for ever
         mine = rows[:1] if idle else mine
-        sums = torch.zeros(2, dtype=torch.float64)
+        told = []
         self.model.train()
         torch.manual_seed(seed_of(self.choices.seed, self.step, rank))  # what drops out at this step
         theirs = self._of_target(len(rows), epoch)
@@ -382,8 +382,8 @@ class Tuning:
                 (loss * count).backward()
             truth = torch.from_numpy(self.labels.truth[part]).to(self.device)
             right = (logits.argmax(dim=1) == truth).sum() * (0 if idle else 1)
-            sums += torch.stack([loss.detach(), right]).cpu()
-        loss, right = self._added(sums).tolist()
+            told.append(torch.stack([loss.detach(), right]))
+        loss, right = self._added(torch.stack(told).cpu().double().sum(dim=0)).tolist()
         return loss, int(right)
 
     def _learned_from(self, inputs: tuple[Tensor, ...], known: Tensor | None) -> tuple[Tensor, Tensor]:

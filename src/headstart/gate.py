@@ -157,14 +157,12 @@ def _gain(
 ) -> list[Check]:
     """Whether it is shown to be better; adds the figures of both tests."""
     count, fewest = len(np.unique(rows.groups)), fewest_groups(rules.confidence)
-    if figures["gain"] is None or count < fewest:
-        words = (
-            f"{count} groups of test rows cannot show with {rules.confidence:.0%} confidence that one model "
-            f"is better: that takes {fewest}"
-        )
-        if count >= fewest:
-            words = f"{rules.metric} is not defined on these rows, so it shows nothing"
-        return [Check("min_gain", False, words)]
+    if figures["gain"] is None:
+        return [Check("min_gain", False, f"{rules.metric} is not defined on these rows, so it shows nothing")]
+    sure = f"{100 * rules.confidence:g}% confidence"
+    if count < fewest:
+        words = f"{count} groups of test rows cannot show with {sure} that one model is better"
+        return [Check("min_gain", False, f"{words}: that takes {fewest}")]
     drawn = gains(
         rows.truth,
         pair[0].probabilities,
@@ -179,7 +177,7 @@ def _gain(
     shown = low > rules.min_gain
     words = (
         f"{rules.metric} {figures['candidate']:.3f} against {figures['against']:.3f} of {against}: "
-        f"{figures['gain']:+.3f}, with {rules.confidence:.0%} confidence above {low:+.3f}; "
+        f"{figures['gain']:+.3f}, with {sure} above {low:+.3f}; "
         f"{'more' if shown else 'not shown to be more'} than {rules.min_gain:g}"
     )
     checks = [Check("min_gain", shown, words)]

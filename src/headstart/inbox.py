@@ -318,10 +318,16 @@ def _copied(inbox: Inbox, name: str, fingerprint: str, target: Path, layout: Lay
 
 
 def _set_aside(path: Path) -> None:
-    """Remove reasons that a batch brings along from an earlier look; any other table gets another name."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        ours = file.readline().strip() == ",".join(schemas.COLUMNS)
-    path.unlink() if ours else path.rename(path.with_name(f"batch-{path.name}"))
+    """Remove reasons that a batch brings along from an earlier look; anything else gets another name."""
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            if file.readline().strip() == ",".join(schemas.COLUMNS):
+                path.unlink()
+                return
+    other = path
+    while other.exists():
+        other = other.with_name(f"batch-{other.name}")
+    path.rename(other)
 
 
 # The inbox itself

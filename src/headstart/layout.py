@@ -134,17 +134,24 @@ def written_whole(folder: Path) -> Iterator[Path]:
     old = folder.with_name(f".{folder.name}.old.partial")
     try:
         with unwritable_named(folder):
-            for left in (partial, old):
-                shutil.rmtree(left, ignore_errors=True)
+            _clear(folder, partial, old)
             partial.mkdir(parents=True)
             yield partial
             if folder.exists():
                 folder.rename(old)  # deleting it takes time, in which a kill would leave half of it
             partial.rename(folder)
     finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for left in (partial, old):
+        _clear(folder, partial, old)
+
+
+def _clear(folder: Path, partial: Path, old: Path) -> None:
+    """Put the old folder back if nothing took its place, and delete what is left over."""
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for left in (partial, old):
+        if left.is_symlink() or left.is_file():
+            left.unlink()
+        else:
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -7,7 +7,7 @@ no other weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,17 +53,26 @@ def adapted(
             _rebased(layers[name], mean, variance)
             layers[name].reset_running_stats()
             layers[name].train()
-        rows = 0
+            layers[name].register_forward_pre_hook(_counted())
         for batch in target:
-            rows += len(batch[0])
-            for name in seen:
-                layers[name].momentum = len(batch[0]) / rows  # the mean over all rows, whatever the batches
             tapped(*(tensor.to(device) for tensor in batch))
     return {
         f"{name}.{key}": getattr(layers[name], key).detach().cpu().clone()
         for name in seen
         for key in ("weight", "bias", "running_mean", "running_var")
     }
+
+
+def _counted() -> Callable[[Any, tuple[Tensor, ...]], None]:
+    """A hook that makes a layer's statistics the mean over all rows it is given, however they are dealt."""
+    rows = 0
+
+    def count(layer: Any, given: tuple[Tensor, ...]) -> None:
+        nonlocal rows
+        rows += len(given[0])
+        layer.momentum = len(given[0]) / rows
+
+    return count
 
 
 def write(weights: Path, changed: dict[str, Tensor]) -> None:

@@ -244,12 +244,14 @@ def _apply(client: MlflowClient, name: str, entry: Entry, change: dict[str, str 
     there = {str(each.version) for each in versions(client, name)}
     if entry.version in there:
         client.set_model_version_tag(name, entry.version, f"{ENTRY}{entry.number:06}", _json(asdict(entry)))
+    if CHAMPION in change and change[CHAMPION] not in there:
+        change = {}  # the champion there is stays, and so does the way back from it
     # The champion last but one: whoever sees the new one can find the old one.
     for alias in sorted(change, key=(PREVIOUS, CHAMPION, CHALLENGER).index):
         version = change[alias]
         if version in there:
             client.set_registered_model_alias(name, alias, str(version))
-        elif alias != CHAMPION:
+        else:
             client.delete_registered_model_alias(name, alias)
     client.set_registered_model_tag(name, COUNT, str(entry.number))
     client.delete_registered_model_tag(name, PENDING)
@@ -261,6 +263,8 @@ def _json(value: object) -> str:
 
 def _clipped(reasons: list[str]) -> list[str]:
     most = LONGEST // max(1, len(reasons))
+    # What a terminal passes on need not be UTF-8.
+    reasons = [reason.encode("utf-8", "backslashreplace").decode() for reason in reasons]
     return [reason if len(reason) <= most else f"{reason[: most - 1]}…" for reason in reasons]
 
 

@@ -12,7 +12,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -104,11 +112,12 @@ class Validate(Block):
     near_duplicates: bool = True
     """Keep near-duplicates in one group, not only exact ones."""
 
-    @model_validator(mode="after")
-    def _classes_once(self) -> Validate:
-        if self.classes and len(set(self.classes)) < len(self.classes):
-            raise ValueError("classes: one of them is named twice")
-        return self
+    @field_validator("classes")
+    @classmethod
+    def _named_once(cls, classes: list[str] | None) -> list[str] | None:
+        if classes and len(set(classes)) < len(classes):
+            raise ValueError("one of them is named twice")
+        return classes
 
 
 class Fetch(Block):
@@ -480,7 +489,7 @@ def load(path: Path | str) -> Recipe:
             where=str(path),
             do=_nearest(path.stem, known) or f"recipes here: {', '.join(known) or 'none'}",
         ) from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, ValueError) as error:  # as of a day that the calendar does not have
         raise HeadstartError(
             "the recipe is not valid YAML",
             where=str(path),

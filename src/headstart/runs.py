@@ -70,8 +70,12 @@ def known(root: Path) -> list[Run]:
     """Every run that is written down, dead or alive."""
     found = []
     for note in sorted(folder(root).glob("*.json")):
-        with suppress(FileNotFoundError):  # it ended meanwhile
+        try:
             found.append(Run(**json.loads(note.read_text(encoding="utf-8"))))
+        except FileNotFoundError:  # it ended meanwhile
+            continue
+        except (ValueError, TypeError):  # cut short by a power failure, or of another version
+            note.unlink(missing_ok=True)
     return found
 
 

@@ -480,7 +480,8 @@ def _separated(path: Path, wanted: Sequence[str]) -> Opened:
                 quoting = csv.QUOTE_NONE
 
     def cells(file: TextIO) -> Iterator[list[str]]:
-        return csv.reader(map(mojibake.windows, file), delimiter=between, quoting=quoting)
+        strict = quoting != csv.QUOTE_NONE  # a mark that nothing closes would swallow the rows after it
+        return csv.reader(map(mojibake.windows, file), delimiter=between, quoting=quoting, strict=strict)
 
     with _text(path) as file:
         names = [name.strip() for name in next(cells(file), [])]
@@ -519,11 +520,7 @@ def _json_lines(path: Path) -> Opened:
 
     schema, rows = pa.schema([]), 0
     for block in blocks():
-        # What looks like a time stays as it is written: another block may have words there.
-        fields = [
-            field.with_type(pa.string()) if pa.types.is_timestamp(field.type) else field
-            for field in block.schema
-        ]
+        fields = [field.with_type(_as_written(field.type)) for field in block.schema]
         schema = pa.unify_schemas([schema, pa.schema(fields)], promote_options="permissive")
         rows += block.num_rows
 
@@ -532,6 +529,17 @@ def _json_lines(path: Path) -> Opened:
             yield from map(Chunk, block.to_batches(size))
 
     return schema, read, rows
+
+
+def _as_written(kind: pa.DataType) -> pa.DataType:
+    """A type of JSON in which what looks like a time is a text: another block may have words there."""
+    import pyarrow as pa
+
+    if pa.types.is_timestamp(kind):
+        return pa.string()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_as_written(field.type)) for field in kind.fields])
+    return pa.list_(_as_written(kind.value_type)) if pa.types.is_list(kind) else kind
 
 
 def _parquet(path: Path) -> Opened:

@@ -41,7 +41,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 MOST_BYTES = 32 << 20  # of a request: some twenty photographs
-MOST_PIXELS = 50 << 20  # of a picture: 200 MB once decoded, whatever the size of its file
+MOST_PIXELS = 50_000_000  # of a picture: 200 MB once decoded, whatever the size of its file
 WARM, OPAQUE = (255, 80, 0), 200  # colour of a map, and how much it covers where it is 1
 THREADS = 32  # requests that are parsed, and wait for the network, at a time
 STOPS = (signal.SIGINT, signal.SIGTERM)

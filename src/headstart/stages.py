@@ -62,8 +62,10 @@ def _note(layout: Layout, stage: str, seconds: float) -> None:
         return
     path = layout.work / SECONDS
     partial = path.with_name(f".{SECONDS}.{os.getpid()}.partial")
-    with suppress(OSError, ValueError):  # a note is no reason for a stage to fail
+    known = {}
+    with suppress(OSError, ValueError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+    with suppress(OSError):  # a note is no reason for a stage to fail
         path.parent.mkdir(parents=True, exist_ok=True)
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         partial.write_text(json.dumps(known | {stage: round(seconds, 1)}) + "\n", encoding="utf-8")
         partial.replace(path)
