@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from headstart import texts
 from tests import examples
@@ -129,3 +129,54 @@ def test_texts_of_one_length_share_a_batch_and_no_others() -> None:
     found = texts.of_one_length(lengths, rows, 9)
     assert [part.tolist() for part in found] == [[1], [4], [0, 2, 5], [6], [3, 8]]
     assert texts.of_one_length(lengths, rows[:0], 9) == []
+
+
+LONG = {
+    "words": " ".join(SENTENCES * 200),
+    "lines": "\n\n".join(SENTENCES * 200),
+    "no spaces": "电影很好看但是结局不好" * 500,
+    "one word": "splendid" * 2000,
+    "a word, then none": "splendid " + "电影很好看" * 1000,
+    "spaces alone": " " * 20_000,
+    "spaces, then words": " " * 5_000 + " ".join(SENTENCES * 100),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder, corpus = tmp_path_factory.mktemp("tokenizers"), [*SENTENCES, *LONG.values()]
+    found = {"WordPiece": tokenizer}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    for name, model, before, trainer in (
+        ("BPE", models.BPE(), pre_tokenizers.ByteLevel(), trainers.BpeTrainer(initial_alphabet=alphabet)),
+        ("Unigram", models.Unigram(), pre_tokenizers.Metaspace(), trainers.UnigramTrainer(vocab_size=80)),
+        ("one word", models.BPE(), None, trainers.BpeTrainer(initial_alphabet=alphabet, vocab_size=300)),
+    ):
+        trained = Tokenizer(model)
+        if before is not None:
+            trained.pre_tokenizer = before  # type: ignore[assignment]
+        trained.train_from_iterator([text[:400] for text in corpus], trainer)
+        found[name] = folder / f"{name}.json"
+        trained.save(str(found[name]))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "BPE", "Unigram", "one word"])
+def test_of_a_long_text_the_beginning_gives_the_tokens_that_all_of_it_gives(
+    kind: str, tokenizers: dict[str, Path]
+) -> None:
+    plain = Tokenizer.from_file(str(tokenizers[kind]))
+    plain.no_padding()
+    plain.enable_truncation(16)
+    found = texts.tokenise(list(LONG.values()), tokenizers[kind], 16)
+    for row, text in enumerate(LONG.values()):
+        assert tokens_of(found, row) == plain.encode(text).ids
+
+
+def test_a_text_of_megabytes_is_not_read_to_its_end(tokenizers: dict[str, Path]) -> None:
+    for kind in ("WordPiece", "BPE", "Unigram"):
+        whole = Tokenizer.from_file(str(tokenizers[kind]))
+        whole.no_truncation()
+        for name in ("words", "lines"):
+            assert len(texts._beginning(LONG[name] * 50, 16, whole)) < 5_000
+    assert len(texts._beginning(LONG["no spaces"] * 50, 16, whole)) < 5_000
