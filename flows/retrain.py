@@ -12,7 +12,7 @@ import importlib
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +24,9 @@ from prefect.states import Completed
 
 from flows.logs import in_words
 from headstart import environment
+from headstart.errors import HeadstartError
 from headstart.layout import Layout
-from headstart.recipe import load
+from headstart.recipe import Recipe, load
 from tasks import versioning
 from tasks.ingest import ingest, unmonitored
 from tasks.promote import promote
@@ -129,17 +130,7 @@ def _retrain(root: Path, recipe: str, reason: str, force: bool) -> State[Outcome
         step.outcome = "ran" if received.accepted else "rejected" if received.rejected else "fresh"
     if unmonitored(layout).exists():  # batches of this run, or of one that was killed
         with timed(steps, "monitor") as step:
-            from tasks.monitor import monitor  # with all of scipy, which most runs can do without
-
-            unmonitored(layout).unlink(missing_ok=True)
-            try:
-                drift = monitor(chosen, layout)
-            except BaseException:
-                unmonitored(layout).touch()
-                raise
-            step.outcome = "ran" if drift else "fresh"
-        if drift and drift.alarm:
-            reason = f"{reason}; {drift.reason}"
+            reason = _compared(chosen, layout, step, reason)
     for stage in versioning.order(root, recipe):
         with timed(steps, stage) as step:
             if not force and versioning.is_fresh(root, f"{stage}@{recipe}"):
@@ -175,3 +166,25 @@ def _retrain(root: Path, recipe: str, reason: str, force: bool) -> State[Outcome
         description=str(outcome),
     )
     return Completed(name="Skipped" if outcome.skipped else None, message=str(outcome), data=outcome)
+
+
+def _compared(chosen: Recipe, layout: Layout, step: Step, reason: str) -> str:
+    """Compare the new rows with what the champion knows; return the reason of the run, with any drift."""
+    from tasks.monitor import monitor  # with all of scipy, which most runs can do without
+
+    mark = unmonitored(layout)
+    came = mark.stat().st_mtime_ns
+    drift = None
+    try:
+        drift = monitor(chosen, layout)
+        step.outcome = "ran" if drift else "fresh"
+    except HeadstartError as error:
+        if error.transient:
+            raise
+        # As in a fresh clone, without the champion's rows: no reason to learn nothing any more.
+        get_run_logger().warning(f"new rows could not be compared: {error}")
+        step.outcome = "failed"
+    with suppress(FileNotFoundError):
+        if mark.stat().st_mtime_ns == came:  # another batch may have come meanwhile
+            mark.unlink()
+    return f"{reason}; {drift.reason}" if drift and drift.alarm else reason
