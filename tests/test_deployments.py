@@ -304,9 +304,13 @@ def test_a_run_is_written_down_while_it_lasts_and_a_number_given_out_again_is_to
     with pytest.raises(SystemExit), runs.in_progress(tmp_path, "three"):
         raise SystemExit
     (known,) = runs.known(tmp_path)
-    other = runs.Run(known.id, "", known.host, known.process, known.started - 1)
-    elsewhere = runs.Run(known.id, "", "elsewhere", 1, 0.0)
+    other = runs.Run(known.id, "", known.host, known.process, f"{known.started}1")
+    elsewhere = runs.Run(known.id, "", "elsewhere", 1, "")
     assert other.dead()
     assert not elsewhere.dead()
     runs.forget(tmp_path, known)
     assert not runs.known(tmp_path)
+    damaged = runs.folder(tmp_path) / "four.json"  # by a power failure
+    damaged.write_text("")
+    assert not runs.known(tmp_path)
+    assert not damaged.exists()

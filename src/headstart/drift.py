@@ -141,7 +141,9 @@ def detect(
     Every p-value is of permutations: rows are dealt to the sides anew and everything is measured again. So
     each test holds its level exactly, at any number of rows, with ties, and however the features are
     distributed. Textbook p-values do not: rows scored by folds are not independent, and probabilities tie.
-    It takes that nothing is fitted on the known rows alone: features are standardised over both sides.
+    It takes that nothing is fitted on the known rows alone: features are standardised over both sides. Where
+    a model was chosen by the known rows, a few more of them are named rightly than of rows like them, and
+    ``labels`` alarms a little too often.
     The smallest adjusted p-value (Holm 1979) is at or below ``level`` in at most that share of draws,
     whatever the tests have in common.
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 POOL = "headstart"  # the work pool that runs are started from
+BOOT = Path("/proc/sys/kernel/random/boot_id")  # another one each time a Linux machine starts
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,14 @@ class Run:
         server: the API it is recorded on, "" for a server of the run's own.
         host: the machine's name.
         process: the process's number.
-        started: when the process started, because numbers are given out again.
+        started: when the process started, in a form of its own, because numbers are given out again.
     """
 
     id: str
     server: str
     host: str
     process: int
-    started: float
+    started: str
 
     def dead(self) -> bool:
         """Whether its process is gone; of another machine's nothing is known."""
@@ -52,7 +53,7 @@ def in_progress(root: Path, run: str, server: str = "") -> Iterator[None]:
     The note goes when the block ends, well or with an error. It stays when the process is ended from
     outside, by a signal that can be caught or by one that cannot.
     """
-    this = Run(run, server, socket.gethostname(), os.getpid(), _started(os.getpid()) or 0.0)
+    this = Run(run, server, socket.gethostname(), os.getpid(), _started(os.getpid()) or "")
     note = folder(root) / f"{run}.json"
     note.parent.mkdir(parents=True, exist_ok=True)
     partial = note.with_suffix(".partial")
@@ -84,12 +85,21 @@ def forget(root: Path, run: Run) -> None:
     (folder(root) / f"{run.id}.json").unlink(missing_ok=True)
 
 
-def _started(process: int) -> float | None:
-    """When a process started, in seconds since 1970, or None if there is none."""
+def _started(process: int) -> str | None:
+    """When a process started, or None if there is none.
+
+    On Linux in ticks since this start of the machine. Seconds since 1970 would be others once the clock is
+    set, and every living process would look like another.
+    """
     import psutil
 
-    with suppress(psutil.NoSuchProcess):
+    with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         found = psutil.Process(process)
-        if found.status() != psutil.STATUS_ZOMBIE:
-            return float(found.create_time())
+        if found.status() == psutil.STATUS_ZOMBIE:
+            return None
+        if BOOT.exists():
+            # Behind the name, which may hold anything, in brackets: field 22 of proc(5).
+            ticks = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+            return f"{BOOT.read_text(encoding='utf-8').strip()} {ticks.rpartition(')')[2].split()[19]}"
+        return str(found.create_time())
     return None
