@@ -276,6 +276,18 @@ def test_a_rejected_batch_that_is_mended_in_its_place_or_brought_again_is_looked
         assert files(layout.batches / name) == [".batch.json", f"{name}.csv"]
 
 
+def test_a_rejected_file_that_is_brought_again_as_it_was_is_looked_at_by_the_new_rules(
+    tmp_path: Path,
+) -> None:
+    layout = texts(tmp_path)
+    for classes in (["happy", "unhappy"], ["happy", "unhappy", "angry"]):
+        came = drop(layout, "monday.csv", "body,mood,shop\na new text,angry,a\n")
+        os.utime(came, (1e9, 1e9))
+        reasons = take(recipe(TEXTS | {"classes": classes}), layout)
+    assert {name: len(table) for name, table in reasons.items()} == {"monday-2": 0}
+    assert batches.names(layout) == ["monday-2"]
+
+
 def test_a_table_that_is_called_as_the_reasons_are_is_a_batch_like_any_other(tmp_path: Path) -> None:
     layout = texts(tmp_path)
     drop(layout, "monday/reasons.csv")

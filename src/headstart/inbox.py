@@ -127,6 +127,8 @@ def bring(recipe: Recipe, layout: Layout) -> None:
         here = (layout.quarantine / target).exists() or (layout.batches / target).exists()
         if here or _copied(inbox, name, fingerprint, layout.quarantine / target, layout):
             inbox.remove(name, fingerprint)
+            with _remembered(layout) as known:
+                known.pop(name, None)  # the same file, brought again with its old time, is another batch
 
 
 def pending(layout: Layout) -> list[str]:
