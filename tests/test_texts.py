@@ -178,5 +178,5 @@ def test_a_text_of_megabytes_is_not_read_to_its_end(tokenizers: dict[str, Path])
         whole = Tokenizer.from_file(str(tokenizers[kind]))
         whole.no_truncation()
         for name in ("words", "lines"):
-            assert len(texts._beginning(LONG[name] * 50, 16, whole)) < 5_000
-    assert len(texts._beginning(LONG["no spaces"] * 50, 16, whole)) < 5_000
+            assert len(texts.beginning(LONG[name] * 50, 16, whole)) < 5_000
+    assert len(texts.beginning(LONG["no spaces"] * 50, 16, whole)) < 5_000

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headstart import mojibake
+from headstart import mojibake, texts
 from headstart.errors import HeadstartError
 from headstart.metrics import Floats
 
@@ -214,8 +214,10 @@ class Explainer:
 
     def _words(self, text: str, scores: Floats) -> list[tuple[str, float]]:
         """The words of a text, each with the sum of its tokens' scores; what was cut off has 0."""
+        self.cutter.no_truncation()
+        beginning = texts.beginning(text, len(scores), self.cutter)
         self.cutter.enable_truncation(len(scores))
-        offsets = self.cutter.encode(text).offsets
+        offsets = self.cutter.encode(beginning).offsets
         last = max((end for _, end in offsets), default=0)
         # Word by word no further than the network reads: a book has a million of them.
         words = [found[0] for found in takewhile(lambda word: word.start() < last, WORDS.finditer(text))]

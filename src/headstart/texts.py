@@ -50,7 +50,7 @@ class Tokens:
 def tokenise(texts: Sequence[str], tokenizer: Path, max_tokens: int) -> Tokens:
     """Tokens of each text, with the marks that the network expects around them, cut at ``max_tokens``.
 
-    Memory: half a gigabyte beside the ids, unless one text alone takes more; see ``_beginning``.
+    Memory: half a gigabyte beside the ids, unless one text alone takes more; see ``beginning``.
     """
     from tokenizers import Tokenizer
 
@@ -63,7 +63,7 @@ def tokenise(texts: Sequence[str], tokenizer: Path, max_tokens: int) -> Tokens:
     some: list[str] = []
     room = CHUNK
     for place, text in enumerate(texts, 1):
-        some.append(_beginning(text, max_tokens, whole))
+        some.append(beginning(text, max_tokens, whole))
         room -= len(some[-1])
         if room < 0 or place == len(texts):
             encoded = [found.ids for found in cutter.encode_batch_fast(some)]
@@ -73,7 +73,7 @@ def tokenise(texts: Sequence[str], tokenizer: Path, max_tokens: int) -> Tokens:
     return Tokens(np.concatenate(ids or [np.empty(0, np.int32)]), np.cumsum(np.concatenate(lengths)))
 
 
-def _beginning(text: str, tokens: int, tokenizer: Tokenizer) -> str:
+def beginning(text: str, tokens: int, tokenizer: Tokenizer) -> str:
     """As much of a text as decides its first tokens, if that can be told without a look at all of it.
 
     Cut before a space, after a word, it has the same first tokens as the whole. Where spaces are too few, as
