@@ -170,6 +170,7 @@ class Stack:
     def start(self, part: Part) -> None:
         """Start a part, its lines read in a thread."""
         part.process = self.popen(part.name, part.command)
+        threading.Thread(target=self.listen, args=(part.name, part.process), daemon=True).start()
         part.since = time.monotonic()
 
     def start_worker(self) -> None:
@@ -190,8 +191,9 @@ class Stack:
             self.dead = dict.fromkeys(dead, now + SETTLED if failed else math.inf)
 
     def once(self, name: str, arguments: list[str]) -> int:
-        """Run a command to its end."""
+        """Run a command to its end, and hear it out."""
         process = self.popen(name, [sys.executable, *arguments])
+        self.listen(name, process)
         return process.wait()
 
     def popen(self, name: str, command: list[str]) -> subprocess.Popen[str]:
@@ -211,7 +213,6 @@ class Stack:
             start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others in their order
             preexec_fn=partial(processes.die_with_parent, end),  # noqa: PLW1509  # calls nothing but the kernel
         )
-        threading.Thread(target=self.listen, args=(name, process), daemon=True).start()
         return process
 
     def listen(self, name: str, process: subprocess.Popen[str]) -> None:
