@@ -12,6 +12,7 @@ from prefect import flow, get_run_logger
 
 from flows.logs import in_words
 from headstart import environment, inbox
+from headstart.errors import HeadstartError
 from headstart.layout import Layout
 from headstart.recipe import load
 from tasks.events import emit
@@ -33,8 +34,11 @@ def watch(recipe: str) -> str:
     Args:
         recipe: the stem of a file in ``recipes/``.
 
+    A store that cannot be reached is only said: this comes again in a minute, and people would be told of a
+    failed run each time. The retraining that takes batches in fails by it.
+
     Raises:
-        HeadstartError: the inbox is in a store that cannot be reached.
+        HeadstartError: the recipe has mistakes, or its source holds the inbox.
     """
     root = environment.project_root()
     environment.prepare(root)
@@ -44,7 +48,13 @@ def watch(recipe: str) -> str:
 
 def _watch(root: Path, recipe: str) -> str:
     chosen, layout = load(root / "recipes" / f"{recipe}.yaml"), Layout(root, recipe)
-    arrivals = inbox.look(chosen, layout)
+    try:
+        arrivals = inbox.look(chosen, layout)
+    except HeadstartError as error:
+        if not error.transient:
+            raise
+        get_run_logger().warning(str(error))
+        return f"{recipe}: {error.what}"
     ready = [arrival.name for arrival in arrivals if not arrival.waits]
     news = [arrival.name for arrival in arrivals if not arrival.waits and not arrival.told]
     parts = [f"{len(ready)} to take in ({', '.join(ready)})"] if ready else []

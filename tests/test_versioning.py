@@ -1,8 +1,9 @@
-"""DVC, as the tasks see it: a stage lasts no longer than whoever waits for it."""
+"""What tasks and flows ask of DVC, of a source and of an inbox, and what becomes of it."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows import watch
+from headstart.errors import HeadstartError
 from headstart.layout import Layout
 from tasks import ingest, versioning
 from tests.conftest import Project, isolated
@@ -60,3 +63,18 @@ def test_a_source_is_known_by_its_content_whatever_bytes_its_names_are(tmp_path:
     first = ingest._digest(odd.parent, layout)
     odd.write_bytes(b"22")
     assert ingest._digest(odd.parent, layout) != first
+
+
+def test_an_inbox_out_of_reach_is_no_failed_run_every_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(transient: bool) -> None:
+        raise HeadstartError("the store did not give the file", transient=transient)
+
+    monkeypatch.setattr(watch, "load", lambda path: None)
+    monkeypatch.setattr(watch, "get_run_logger", logging.getLogger)
+    monkeypatch.setattr(watch.inbox, "look", lambda recipe, layout: away(transient=True))
+    assert watch._watch(tmp_path, "moods") == "moods: the store did not give the file"
+    monkeypatch.setattr(watch.inbox, "look", lambda recipe, layout: away(transient=False))
+    with pytest.raises(HeadstartError):
+        watch._watch(tmp_path, "moods")
