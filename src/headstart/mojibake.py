@@ -45,6 +45,11 @@ def _encoding_only() -> Any:
     )
 
 
+def escaped(text: str) -> str:
+    r"""A text as UTF-8 can hold it: a byte of a file's name that is not UTF-8 becomes ``\udc..``."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def windows(text: str) -> str:
     """Stray bytes read as Windows-1252, the usual culprit; the few that it leaves undefined as Latin-1."""
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from headstart import adapters, batches, drift, promotion, scoring, stores, trials, validation
+from headstart import adapters, batches, drift, mojibake, promotion, scoring, stores, trials, validation
 from headstart.drift import Drift, Side
 from headstart.errors import HeadstartError
 from headstart.evaluation import positions
@@ -273,7 +273,7 @@ def _given(recipe: Recipe, version: Version, inputs: Sequence[str], most: int) -
                 labels = chunk.rows.column(columns.label).to_pylist() if has else None
                 for place, item in items.items():
                     row = f"{source.where}, row {passed + place + 1}"
-                    name = scoring.escaped(str(item)) if isinstance(item, Path) else row
+                    name = mojibake.escaped(str(item)) if isinstance(item, Path) else row
                     yield name, item, adapters.as_text(labels[place]) or HIDDEN if labels else HIDDEN
                 passed += chunk.rows.num_rows
 

@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from headstart import mojibake
 from headstart.errors import HeadstartError
 
 if TYPE_CHECKING:
@@ -264,7 +265,7 @@ def _json(value: object) -> str:
 def _clipped(reasons: list[str]) -> list[str]:
     most = LONGEST // max(1, len(reasons))
     # What a terminal passes on need not be UTF-8.
-    reasons = [reason.encode("utf-8", "backslashreplace").decode() for reason in reasons]
+    reasons = [mojibake.escaped(reason) for reason in reasons]
     return [reason if len(reason) <= most else f"{reason[: most - 1]}…" for reason in reasons]
 
 

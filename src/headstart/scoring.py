@@ -389,15 +389,10 @@ def _listing(column: str, values: Iterable[str], where: str, rows: int | None = 
     def chunks(size: int) -> Iterator[Chunk]:
         rest = iter(values)
         while some := list(islice(rest, size)):
-            shown = pa.array(map(escaped, some), pa.string())
+            shown = pa.array(map(mojibake.escaped, some), pa.string())
             yield Chunk(pa.RecordBatch.from_arrays([shown], schema=schema), items=some)
 
     return Source(where, schema, column, chunks, rows)
-
-
-def escaped(name: str) -> str:
-    r"""A file's name as UTF-8 can hold it: a byte that is not UTF-8 becomes ``\udc..``."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _table(path: Path, modality: str, column: str | None) -> Source:

@@ -54,22 +54,20 @@ def tokenise(texts: Sequence[str], tokenizer: Path, max_tokens: int) -> Tokens:
     """
     from tokenizers import Tokenizer
 
-    whole, cutter = (Tokenizer.from_file(str(tokenizer)) for _ in range(2))
-    for each in (whole, cutter):
-        each.no_padding()
-    whole.no_truncation()
+    cutter = Tokenizer.from_file(str(tokenizer))
+    cutter.no_padding()
+    cutter.no_truncation()
+    heads = [beginning(text, max_tokens, cutter) for text in texts]
     cutter.enable_truncation(max_tokens)
-    ids, lengths = [], [np.zeros(1, np.int64)]
-    some: list[str] = []
-    room = CHUNK
-    for place, text in enumerate(texts, 1):
-        some.append(beginning(text, max_tokens, whole))
-        room -= len(some[-1])
-        if room < 0 or place == len(texts):
-            encoded = [found.ids for found in cutter.encode_batch_fast(some)]
-            lengths.append(np.array([len(found) for found in encoded], np.int64))
-            ids.append(np.concatenate([np.array(found, np.int32) for found in encoded]))
-            some, room = [], CHUNK
+    ids, lengths, end = [], [np.zeros(1, np.int64)], 0
+    while end < len(heads):
+        start, room = end, CHUNK
+        while end < len(heads) and room > 0:
+            room -= len(heads[end])
+            end += 1
+        encoded = [found.ids for found in cutter.encode_batch_fast(heads[start:end])]
+        lengths.append(np.array([len(found) for found in encoded], np.int64))
+        ids.append(np.concatenate([np.array(found, np.int32) for found in encoded]))
     return Tokens(np.concatenate(ids or [np.empty(0, np.int32)]), np.cumsum(np.concatenate(lengths)))
 
 

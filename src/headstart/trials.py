@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,6 @@ from headstart.promotion import CANDIDATE, CHAMPION, Entry
 from headstart.recipe import Recipe
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
     from headstart.features import Item
 
 TIMED, TURNS = 256, 3  # rows that are timed, and how often
@@ -79,39 +78,40 @@ def decide(recipe: Recipe, layout: Layout, version: str | None = None) -> Decide
         HeadstartError: no such version, or the test rows or the registry cannot be reached.
     """
     client, name = promotion.opened(), recipe.model_name
-    with stores.asked("the model registry stopped answering"):
-        return _decide(client, name, recipe, layout, version)
-
-
-def _decide(client: MlflowClient, name: str, recipe: Recipe, layout: Layout, version: str | None) -> Decided:
-    promotion.known(client, name)
+    asking = partial(stores.asked, "the model registry stopped answering")
+    with asking():
+        promotion.known(client, name)
     for _ in range(TRIES):
-        promotion.carry_through(client, name)
-        now = promotion.aliases(client, name)
-        chosen, champion = version or now.get(CANDIDATE), now.get(CHAMPION)
-        if chosen is None:
-            raise HeadstartError(
-                f"{name} has no candidate", do=f"name a version of `headstart models {name}`"
-            )
-        tags = promotion.tags(client, name, chosen)
+        with asking():
+            promotion.carry_through(client, name)
+            now = promotion.aliases(client, name)
+            chosen, champion = version or now.get(CANDIDATE), now.get(CHAMPION)
+            if chosen is None:
+                raise HeadstartError(
+                    f"{name} has no candidate", do=f"name a version of `headstart models {name}`"
+                )
+            tags = promotion.tags(client, name, chosen)
         decided = promotion.entries(tags)
         key = _key(recipe, layout, tags, champion)
         known = decided and (decided[-1].judged == key or decided[-1].action == "rolled back")
         if chosen == champion or known:
             last = decided[-1] if decided else None
             return Decided(name, chosen, last, verdict_of(tags), champion, new=False)
-        verdict = compare(recipe, layout, chosen, champion)
-        if verdict is None:
-            where = recipe.validate_.target_domain
-            reasons = [f"no label of {where} is known, so nothing can be shown"]
-            entry = promotion.refuse(client, name, chosen, reasons, judged=key, fit=False)
-            return Decided(name, chosen, entry, None, champion, new=True)
-        client.set_model_version_tag(name, chosen, promotion.VERDICT, json.dumps(verdict.to_dict()))
-        if not verdict.promoted:
-            fit = all(check.passed for check in verdict.checks if check.rule not in {"min_gain", "mcnemar"})
-            entry = promotion.refuse(client, name, chosen, verdict.reasons, judged=key, fit=fit)
-            return Decided(name, chosen, entry, verdict, champion, new=True)
-        crowned = promotion.crown(client, name, chosen, verdict.reasons, judged=key, against=champion)
+        verdict = compare(recipe, layout, chosen, champion)  # what fails here has words of its own
+        with asking():
+            if verdict is None:
+                where = recipe.validate_.target_domain
+                reasons = [f"no label of {where} is known, so nothing can be shown"]
+                entry = promotion.refuse(client, name, chosen, reasons, judged=key, fit=False)
+                return Decided(name, chosen, entry, None, champion, new=True)
+            said = json.dumps(verdict.to_dict())
+            client.set_model_version_tag(name, chosen, promotion.VERDICT, said)
+            if not verdict.promoted:
+                others = (check for check in verdict.checks if check.rule not in {"min_gain", "mcnemar"})
+                fit = all(check.passed for check in others)
+                entry = promotion.refuse(client, name, chosen, verdict.reasons, judged=key, fit=fit)
+                return Decided(name, chosen, entry, verdict, champion, new=True)
+            crowned = promotion.crown(client, name, chosen, verdict.reasons, judged=key, against=champion)
         if crowned:
             return Decided(name, chosen, crowned, verdict, chosen, new=True)
     raise HeadstartError(
