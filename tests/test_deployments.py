@@ -100,6 +100,8 @@ def deployment(server: Server) -> dict[str, Any]:
 
 def automations(server: Server) -> list[dict[str, Any]]:
     found = server.ask("automations/filter", {})
+    for each in found:
+        each["trigger"]["expect"].sort()  # a set, which each answer lists in an order of its own
     return sorted(
         ({key: each[key] for key in ("name", "enabled", "trigger", "actions")} for each in found),
         key=lambda each: each["name"],
