@@ -239,7 +239,7 @@ def plain_text(chosen: recipes.Recipe, layout: Layout) -> Curve:
 
 
 def trainer_text(chosen: recipes.Recipe, layout: Layout) -> Curve:
-    """The Trainer of transformers at its best: bfloat16 where it is fast, batches of one length, fused AdamW."""
+    """The Trainer of transformers at its best: bfloat16 where fast, batches of one length, fused AdamW."""
     from transformers import DataCollatorWithPadding as Collator
     from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
