@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from headstart import temporary
+from headstart import environment, temporary
 
 STARTED = """
 from headstart import temporary
@@ -53,6 +53,25 @@ def test_a_server_that_is_named_is_taken(tmp_path: Path, monkeypatch: pytest.Mon
     assert not temporary.configured(tmp_path)
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
     assert temporary.configured(tmp_path)
+
+
+def test_projects_keep_prefects_records_apart_unless_it_has_profiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def home(project: str, **given: str) -> str | None:
+        monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path)} | given)
+        environment.prepare(tmp_path / project)
+        return os.environ.get("PREFECT_HOME")
+
+    for project in ("here", "there"):
+        assert home(project) == str(tmp_path / project / ".prefect")
+    assert home("here", PREFECT_HOME="/chosen") == "/chosen"
+    assert home("here", PREFECT_PROFILE="cloud") is None
+    (tmp_path / ".prefect").mkdir()
+    (tmp_path / ".prefect/profiles.toml").write_text('active = "cloud"')
+    assert home("here") is None
 
 
 @pytest.mark.slow

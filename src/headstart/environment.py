@@ -52,8 +52,14 @@ def project_root(start: Path | None = None) -> Path:
     )
 
 
+def prefect_profiles() -> bool:
+    """Whether Prefect has profiles to read, which name its servers."""
+    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect").expanduser()
+    return "PREFECT_PROFILE" in os.environ or (home / "profiles.toml").exists()
+
+
 def prepare(root: Path) -> None:
-    """Set what is unset: quiet tools, and the embedded MLflow store in the project root.
+    """Set what is unset: quiet tools, and the stores of Prefect and MLflow in the project root.
 
     The project root goes first on the import path, so that its flows, its tasks and a recipe's
     own adapters are found.
@@ -62,6 +68,10 @@ def prepare(root: Path) -> None:
         os.environ.setdefault(name, value)
     if quiet():
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    # In one database two projects would share a work pool and the names of deployments: the worker of one
+    # would run what the other is asked for.
+    if not prefect_profiles():
+        os.environ.setdefault("PREFECT_HOME", str(root / ".prefect"))
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))

@@ -17,7 +17,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from headstart import processes
+from headstart import environment, processes
 from headstart.errors import HeadstartError
 
 PATIENCE = 120.0  # seconds to answer in
@@ -45,12 +45,11 @@ SETTINGS = {
 
 def configured(folder: Path) -> bool:
     """Whether anything may say which server, or what kind, Prefect should use: then that is left to it."""
-    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect").expanduser()
     pages = [folder / "prefect.toml", folder / ".env"]
     project = folder / "pyproject.toml"
     return (
-        any(os.environ.get(name) for name in ("PREFECT_API_URL", "PREFECT_PROFILE"))
-        or (home / "profiles.toml").exists()
+        bool(os.environ.get("PREFECT_API_URL"))
+        or environment.prefect_profiles()
         or any(page.exists() for page in pages)
         or (project.exists() and "[tool.prefect" in project.read_text(encoding="utf-8"))
     )
