@@ -329,26 +329,6 @@ def test_rated_texts_are_two_classes_with_the_neutral_band_left_out(tmp_path: Pa
     ]
 
 
-def test_raters_who_agree_make_the_confidence_of_a_rated_text(tmp_path: Path) -> None:
-    means = ["1\t1.5\tGood.", "2\t-0.75\tBad.", "3\t2.0\tFine.", "4\tnan\tHm."]
-    (tmp_path / "tweets_GroundTruth.txt").write_text("\n".join(means))
-    single = ["1\t1.5\t1.1\t[3, 2, 1, 0]", "2\t-0.75\t1.9\t[-4, 1, 0, 0]", "4\tnan\tnan\t[]"]
-    (tmp_path / "tweets_anonDataRatings.txt").write_text("\r\n".join(single) + "\r\n")
-    (tmp_path / "movieReviewSnippets_GroundTruth.txt").write_text("1\t1.5\tGood, too.")
-    frame = read(tmp_path, Validate(adapter="vader"))
-    assert cells(frame, "id", "label", "confidence") == [
-        ("tweets:1", "positive", 0.875),
-        ("tweets:2", "negative", 0.5),
-        ("tweets:3", "positive", 1),  # whose own ratings nobody has
-        ("tweets:4", None, 1),
-        ("movies:1", "positive", 1),
-    ]
-    (tmp_path / "tweets_anonDataRatings.txt").write_text("1\t1.5\t[3, 2]\n")
-    with pytest.raises(HeadstartError, match="a list of ratings") as caught:
-        read(tmp_path, Validate(adapter="vader"))
-    assert caught.value.where.endswith("tweets_anonDataRatings.txt")
-
-
 def test_some_of_the_rated_texts_will_do_and_unrated_ones_have_no_label(tmp_path: Path) -> None:
     for folder, line in ((".batches/x", "1\t2.0\tGood."), ("here", "2\tnan\tHm.")):
         (tmp_path / folder).mkdir(parents=True)

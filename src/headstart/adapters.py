@@ -335,8 +335,7 @@ def modules(types: pd.Series) -> list[str]:
 def vader(raw: Path, options: Validate) -> pd.DataFrame:
     """VADER's four snippet files, or some (Hutto & Gilbert 2014): mean ratings from -4 to 4 as two classes.
 
-    Where a file of single ratings lies beside them, the share of raters who agree is the confidence; one who
-    gave a 0 counts half. A text that nobody has rated has the mean rating nan.
+    A text that nobody has rated has the rating nan.
     """
     domains = {
         "tweets": "tweets",
@@ -359,7 +358,6 @@ def vader(raw: Path, options: Validate) -> pd.DataFrame:
                 f"a line is not a number, a rating and a text: {error}", where=str(file), do="ingest it again"
             ) from None
         number = pd.Series(numbers)
-        single = _single_ratings(file.with_name(f"{stem}_anonDataRatings.txt"))
         fixed, original = _mended([text.strip() for text in texts])
         frames.append(
             pd.DataFrame(
@@ -367,9 +365,6 @@ def vader(raw: Path, options: Validate) -> pd.DataFrame:
                     "id": domain + ":" + number,
                     "text": fixed,
                     "label": [None if math.isnan(r) else "positive" if r > 0 else "negative" for r in rating],
-                    "confidence": [
-                        _agreeing(single.get(n, []), r) for n, r in zip(numbers, rating, strict=True)
-                    ],
                     "domain": domain,
                     # `12_3` is the third snippet of document 12.
                     "group": domain + ":" + number.str.replace(r"_\d+$", "", regex=True),
@@ -384,26 +379,6 @@ def vader(raw: Path, options: Validate) -> pd.DataFrame:
         what = f"{', '.join(f'{stem}_GroundTruth.txt' for stem in domains)}: each of them is missing"
         raise HeadstartError(what, where=str(raw), do="ingest it again")
     return pd.concat(frames, ignore_index=True)
-
-
-def _single_ratings(file: Path) -> dict[str, list[float]]:
-    """What each rater gave each text of one of VADER's files: number, mean, deviation, and their list."""
-    if not file.is_file():
-        return {}
-    try:
-        lines = [line.split("\t") for line in _decode(file).split("\n") if line.strip()]
-        return {number: [float(each) for each in json.loads(listed)] for number, _, _, listed in lines}
-    except (ValueError, TypeError) as error:
-        what = f"a line is not a number, a mean, a deviation and a list of ratings: {error}"
-        raise HeadstartError(what, where=str(file), do="ingest it again") from None
-
-
-def _agreeing(ratings: list[float], mean: float) -> float:
-    """The share of raters on the side of the mean rating, 1 if nobody's own rating is known."""
-    if not ratings or math.isnan(mean):
-        return 1.0
-    side = math.copysign(1, mean)
-    return sum(1.0 if side * each > 0 else 0.5 if each == 0 else 0.0 for each in ratings) / len(ratings)
 
 
 def _hidden(name: str) -> bool:
