@@ -15,7 +15,7 @@ import torch
 from headstart import activations, alignment, packs
 from headstart.classifiers import Classifier
 from headstart.examples import soft_targets
-from headstart.finetuning import ACTIVATIONS, Labels, Tuning
+from headstart.finetuning import Labels, Tuning
 from headstart.recipe import Features, Train
 from tests import examples, tuning
 
@@ -54,7 +54,6 @@ def test_frozen_layers_run_once_and_the_losses_are_the_same(resnet: Path, tmp_pa
     rows = len(tuning.TRAIN) + len(tuning.VAL)
     assert sum(plain_runs) == EPOCHS * rows + len(tuning.VAL)  # validation comes once more, before the first
     assert sum(kept_runs) - rows <= activations.SWEEP  # one batch more, to compare
-    assert not (tmp_path / "kept" / ACTIVATIONS).exists()
     assert [round(line["auroc"], 6) for line in kept.history.epochs] == [
         round(line["auroc"], 6) for line in plain.history.epochs
     ]
@@ -88,7 +87,6 @@ def test_nothing_is_kept_that_is_needed_or_changes(
     run = tuning.case(resnet, choices(**keys), work=tmp_path, layers=layers)
     run.keep_activations()
     assert run.activations is None
-    assert not (tmp_path / ACTIVATIONS).exists()
 
 
 def test_a_network_that_looks_back_past_the_frozen_layers_is_run_whole(resnet: Path, tmp_path: Path) -> None:
@@ -99,7 +97,6 @@ def test_a_network_that_looks_back_past_the_frozen_layers_is_run_whole(resnet: P
     network.layer3.register_forward_hook(lambda m, given, output: output + seen[-1])
     run.keep_activations()
     assert run.activations is None
-    assert not (tmp_path / ACTIVATIONS).exists()
 
 
 def test_without_room_the_frozen_layers_run_anew(
@@ -111,7 +108,6 @@ def test_without_room_the_frozen_layers_run_anew(
         run.keep_activations()
     assert run.activations is None
     assert "run anew in every epoch" in caplog.text
-    assert not (tmp_path / ACTIVATIONS).exists()
 
 
 @pytest.mark.parametrize("layer", ["patch_embed", "blocks.1"])
@@ -122,32 +118,34 @@ def test_a_vision_transformer_is_run_whole(layer: str, tmp_path: Path, caplog: A
     with caplog.at_level(logging.INFO):
         assert losses(tried) == losses(plain)
     assert "run anew in every epoch" in caplog.text
-    assert not (tmp_path / ACTIVATIONS).exists()
 
 
-def test_a_failure_while_the_frozen_layers_run_leaves_no_array(
+def test_of_two_runs_in_one_folder_each_keeps_its_own(
     resnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = tuning.case(resnet, choices(freeze="layer2"), work=tmp_path)
-    inner, seen = run.classifier.frozen_output, []
+    run, beside = (
+        tuning.case(resnet, choices(freeze=layer), work=tmp_path) for layer in ("layer2", "layer1")
+    )
+    inner = run.classifier.frozen_output
 
-    def fails(*inputs: torch.Tensor) -> torch.Tensor:
-        if len(seen) >= activations.SWEEP:  # the trial is over, and a batch is written
-            assert (tmp_path / ACTIVATIONS).exists()
-            raise KeyboardInterrupt
-        seen.extend(inputs[0])
+    def meanwhile(*inputs: torch.Tensor) -> torch.Tensor:
+        beside.keep_activations()
         return inner(*inputs)
 
-    monkeypatch.setattr(run.classifier, "frozen_output", fails)
-    with pytest.raises(KeyboardInterrupt):
-        run.run()
-    assert not (tmp_path / ACTIVATIONS).exists()
+    monkeypatch.setattr(run.classifier, "frozen_output", meanwhile)
+    run.keep_activations()
+    for each in (run, beside):
+        assert each.activations
+        (pixels,), known = each.pack.batch(tuning.VAL), each.activations.batch(tuning.VAL)[1]
+        found = each.classifier.frozen_output(torch.from_numpy(pixels))
+        assert torch.allclose(known, found, atol=1e-5)
 
 
-def test_what_a_killed_run_has_left_is_taken_away(resnet: Path, tmp_path: Path) -> None:
-    (tmp_path / ACTIVATIONS).write_bytes(b"left")
-    tuning.case(resnet, choices(epochs=1), work=tmp_path).run()
-    assert not (tmp_path / ACTIVATIONS).exists()
+def test_whatever_ends_a_run_leaves_no_array(resnet: Path, tmp_path: Path) -> None:
+    run = tuning.case(resnet, choices(freeze="layer2"), work=tmp_path)
+    run.keep_activations()
+    assert run.activations
+    assert not list(tmp_path.iterdir())  # not even now, so that a killed run has none to take away
 
 
 Sentences = Callable[[Train, Path | None], Tuning]
@@ -199,7 +197,7 @@ def test_frozen_layers_see_the_sentences_without_the_tokens_that_a_change_drops(
 def test_rows_that_were_not_wanted_are_not_held(resnet: Path, tmp_path: Path) -> None:
     run = tuning.case(resnet, choices(freeze="layer2"), work=tmp_path)
     pack: packs.Pixels = run.pack  # type: ignore[assignment]
-    found = activations.Activations(run.classifier, pack, np.array([3, 1]), torch.float32, tmp_path / "a.npy")
+    found = activations.Activations(run.classifier, pack, np.array([3, 1]), torch.float32, tmp_path)
     assert found.holds(np.array([1, 3]))
     assert not found.holds(np.array([1, 2]))
     assert not found.holds(np.array([70]))

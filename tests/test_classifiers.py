@@ -59,6 +59,12 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def swin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its attention takes the weights of layers that it never calls."""
+    return tuning.write_weights(tmp_path_factory.mktemp("swin"), "torchvision", "swin_t")
+
+
+@pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, packs.Sentences]:
     root = tmp_path_factory.mktemp("texts")
     (root / "recipes").mkdir()
@@ -216,6 +222,12 @@ def test_low_rank_additions_stay_out_of_what_is_frozen(texts: tuple[Path, packs.
     assert {".".join(name.split(".")[:3]) for name, _ in adapted.trained()} == {"encoder.layer.1"}
 
 
+def test_low_rank_additions_beside_nothing_are_an_error(texts: tuple[Path, packs.Sentences]) -> None:
+    with pytest.raises(HeadstartError, match="no linear layer left") as caught:
+        with_head(texts[0], choices(lora=2, freeze="encoder"))
+    assert "train.freeze" in caught.value.do
+
+
 def test_freezing_a_layer_that_is_not_there_names_the_nearest(resnet: Path) -> None:
     with pytest.raises(HeadstartError, match="has no layer layer9") as caught:
         with_head(resnet, choices(freeze="layer9"))
@@ -229,6 +241,36 @@ def test_exactly_what_is_frozen_is_not_trained(resnet: Path, batch_norm: str) ->
     assert {name.split(".")[0] for name in every} >= {"conv1", "layer1", "layer2", "layer3", "layer4"}
     found = [name for name, _ in with_head(resnet, choices(batch_norm=batch_norm, freeze="layer2")).trained()]
     assert found == [name for name in every if name.startswith(("layer3.", "layer4."))]
+
+
+@pytest.mark.parametrize(
+    ("freeze", "layers", "trained"),
+    [
+        (None, None, ("features.", "norm.")),
+        ("features.5.3", None, ("features.5.4.", "features.5.5.", "features.6.", "features.7.", "norm.")),
+        (
+            "features.1.0.attn.qkv",
+            ["features.1"],
+            ("features.1.0.attn.proj.", "features.1.0.norm2.", "features.1.0.mlp.", "features.1.1."),
+        ),
+    ],
+)
+def test_weights_are_trained_whoever_multiplies_by_them(
+    swin: Path, freeze: str | None, layers: list[str] | None, trained: tuple[str, ...]
+) -> None:
+    options = Features(packed=True, layers=layers)
+    classifier = Classifier(swin, options, choices(freeze=freeze), 3).train()
+    every = [name for name, _ in classifier.tapped.network.named_parameters()]
+    assert [name for name, _ in classifier.trained()] == [n for n in every if n.startswith(trained)]
+    pixels, _ = tuning.pictures()
+    classifier(torch.from_numpy(pixels.batch(ROWS[:2])[0])).logsumexp(dim=1).sum().backward()
+    assert [name for name, parameter in classifier.trained() if parameter.grad is None] == []
+
+
+def test_a_frozen_layer_that_is_never_called_is_not_waited_for(swin: Path) -> None:
+    classifier = Classifier(swin, OPTIONS, choices(freeze="features.1.0.attn.qkv"), 3).eval()
+    pixels = torch.from_numpy(tuning.pictures()[0].batch(ROWS[:2])[0])
+    assert classifier.frozen_output(pixels).shape[:1] == (2,)
 
 
 def test_within_a_layer_freezing_goes_up_to_the_part_that_is_named(resnet: Path) -> None:

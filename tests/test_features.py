@@ -337,6 +337,14 @@ def test_a_layer_that_does_not_exist_names_the_nearest(tmp_path: Path) -> None:
     assert "conv_stem" in error.do
 
 
+@pytest.mark.parametrize("layer", ["pooler", "pooler.dense"])
+def test_a_pooler_that_has_no_weights_is_an_error(layer: str, tmp_path: Path) -> None:
+    layout = text_case(tmp_path)
+    error = refused(text_recipe(tmp_path, layers=["encoder.layer.0", layer]), layout)
+    assert error.what == f"the weights of {layer} are not kept: a pooler is trained for another task"
+    assert "last layer of the encoder" in error.do
+
+
 def test_a_layer_without_part_in_the_output_is_an_error(tmp_path: Path) -> None:
     layout = text_case(tmp_path)
     error = refused(text_recipe(tmp_path, layers=["encoder.layer"]), layout)
@@ -652,6 +660,10 @@ def test_rows_are_looked_at_anew_when_the_way_has_changed_or_what_was_kept_is_da
     kept.write_bytes(whole["features.npy"][:500])
     assert run(monkeypatch, image_recipe(tmp_path), layout) == 20
     assert contents(layout.features) == whole
+    for name in ("digests.npy", "features.npy"):  # as a power failure leaves them
+        (layout.work / "extracted" / name).unlink()
+        (layout.work / "extracted" / name).touch()
+        assert run(monkeypatch, image_recipe(tmp_path), layout) == 20
     save_file(efficientnet(seed=1).state_dict(), tmp_path / "inbox/weights.safetensors")
     fetch(image_recipe(tmp_path), layout)
     assert run(monkeypatch, image_recipe(tmp_path), layout) == 20

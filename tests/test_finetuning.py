@@ -413,6 +413,27 @@ def test_the_speed_of_an_epoch_that_was_taken_up_is_that_of_its_steps_since(
     assert clock["rows_per_second"] * clock["seconds"] == pytest.approx(2 * choices.batch)
 
 
+@pytest.mark.parametrize(("wish", "taken"), [("cuda:1", [1]), ("cuda", []), ("cpu:0", [])])
+def test_the_gpu_wished_for_is_made_the_current_one(
+    wish: str, taken: list[int], efficientnet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current: list[int | None] = []
+    monkeypatch.setattr(finetuning.devices, "device", lambda: torch.device(wish))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
+    tuning.case(efficientnet, Train(**QUICK))
+    assert current == taken
+
+
+def test_statistics_that_follow_batches_are_of_one_process(
+    efficientnet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetuning.Accelerator, "num_processes", 2)
+    tuning.case(efficientnet, Train(**QUICK))
+    with pytest.raises(HeadstartError, match="statistics of BatchNorm") as caught:
+        tuning.case(efficientnet, Train(**QUICK | {"batch_norm": "updated"}))
+    assert "HEADSTART_PROCESSES=1" in caught.value.do
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "more",

@@ -81,6 +81,22 @@ def test_a_tenth_of_the_rate_of_the_lowest_loss_is_suggested() -> None:
     assert rates.suggested(made_up()) == pytest.approx(1e-3)
 
 
+@pytest.mark.parametrize(
+    "given", [{}, {"learning_rate": 0.01}, {"head_learning_rate": 0.3}, {"head_learning_rate": 1e-6}]
+)
+def test_what_is_suggested_for_the_recipe_makes_the_fastest_layer_learn_at_that_rate(
+    given: dict[str, float], weights: Path
+) -> None:
+    run = tuning.case(weights, choices(**given))
+    found = rates.keys(run, 2e-3)
+    assert set(found) == {"learning_rate"} | set(given)
+    again = tuning.case(weights, choices(**found))
+    assert max(again.rates) == pytest.approx(2e-3)
+    assert [rate / 2e-3 for rate in again.rates] == pytest.approx(
+        [rate / max(run.rates) for rate in run.rates]
+    )
+
+
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     path = tmp_path / "rates.png"
     rates.plot(made_up(), path)

@@ -186,6 +186,14 @@ def test_a_label_that_the_recipe_does_not_name_is_refused(tmp_path: Path) -> Non
         )
 
 
+def test_costs_of_a_class_that_there_is_not_are_named_before_anything_is_trained(tmp_path: Path) -> None:
+    layout = cached.write(tmp_path)
+    # There are no packed rows, which training would miss first.
+    choices = {"method": "fine_tune", "frozen_below": 0, "decide": {"costs": {"yse": {"no": 5}}}}
+    with pytest.raises(HeadstartError, match="no class: yse"):
+        train(cached.recipe(features={"packed": True}, train=choices), layout)
+
+
 def test_stamps_match_the_tree_that_the_model_was_made_from(tmp_path: Path) -> None:
     layout = cached.write(tmp_path)
     train(cached.recipe(), layout)
@@ -237,6 +245,17 @@ def test_a_choice_that_training_never_reads_makes_no_model_stale(tmp_path: Path)
     taken = stamps.take(cached.recipe(), layout)
     other = cached.recipe(evaluate={"resamples": 2000}, register={"name": "another"})
     assert stamps.differences(taken, other, layout) == []
+
+
+def test_a_killed_run_is_not_continued_with_its_classes_in_another_order(tmp_path: Path) -> None:
+    layout = cached.write(tmp_path)
+    one, other = (
+        cached.recipe(validate={"adapter": "table", "classes": classes})
+        for classes in (cached.CLASSES, cached.CLASSES[::-1])
+    )
+    taken = stamps.take(one, layout)
+    assert stamps.key(taken) == stamps.key(stamps.take(one, layout)) != stamps.key(stamps.take(other, layout))
+    assert stamps.differences(taken, other, layout) == []  # a finished model knows its own order
 
 
 def test_stamps_cover_the_modules_that_make_training_stale() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,14 +44,15 @@ class Activations:
         pack: inputs of all rows.
         rows: those wanted.
         dtype: that steps compute in.
-        path: of the array, which is as large as all activations together; the caller takes it away.
+        folder: on whose disk the array lies, which is as large as all activations together. It has no name:
+            no other process can take it for its own, and it is gone with this object, however that ends.
 
     Raises:
         OSError: the disk is full.
     """
 
     def __init__(
-        self, classifier: Classifier, pack: Pack, rows: Rows, dtype: torch.dtype, path: Path
+        self, classifier: Classifier, pack: Pack, rows: Rows, dtype: torch.dtype, folder: Path
     ) -> None:
         self.pack, self.device = pack, next(classifier.parameters()).device
         self.lengths = pack.tokens.lengths if isinstance(pack, Sentences) else None
@@ -60,7 +62,7 @@ class Activations:
         self.held = sizes > 0
         self.starts = np.cumsum(sizes) - sizes
         total = int(sizes.sum())
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         array: NDArray[Any] | None = None
         with bar(total=len(rows), desc="running the frozen layers", unit=" rows") as progress:
             for batch in pack.sweep(rows, SWEEP):
@@ -72,14 +74,15 @@ class Activations:
                     self.kept = found.dtype
                     shape = (total, *lines.shape[1:])
                     needed = lines.itemsize * int(np.prod(shape))
-                    if needed > SHARE_OF_DISK * shutil.disk_usage(path.parent).free:
+                    if needed > SHARE_OF_DISK * shutil.disk_usage(folder).free:
                         raise OSError(f"{needed / 1e9:.3g} GB of activations would fill half of the disk")
-                    array = np.lib.format.open_memmap(path, "w+", lines.dtype, shape)
+                    with tempfile.TemporaryFile(dir=folder) as file:
+                        array = np.memmap(file, lines.dtype, "w+", shape=shape)
                 array[self._places(batch)] = lines
                 let_go(array)
                 progress.update(len(batch))
         assert array is not None
-        self.array = np.load(path, mmap_mode="r")
+        self.array = array
 
     def holds(self, rows: Rows) -> bool:
         """Whether all of these are among the rows wanted."""

@@ -56,7 +56,7 @@ class Classifier(nn.Module):
         self.folds: list[tuple[str, str]] = []
         network = self._quickened(network, options)
         self.tapped = features.Tapped(network, self.spec, options.layers, options.views)
-        reached, dim = self._probed(features.blank_rows(self.spec, options))
+        called, used, dim = self._probed(features.blank_rows(self.spec, options))
         self.dropout = nn.Dropout(choices.dropout)
         self.linear = nn.Linear(dim, classes)
         self.register_buffer("mean", torch.zeros(dim))
@@ -72,9 +72,9 @@ class Classifier(nn.Module):
         self.linear.requires_grad_(choices.source_free is None)
         names = [name for name, _ in network.named_modules()]
         last = self._last_frozen(names)
-        self.frozen = self._freeze(last, reached)
+        self.frozen = self._freeze(last, called, used)
         if choices.lora:
-            self._adapt(choices.lora)
+            self._adapt(choices.lora, called)
         if choices.source_free == "entropy" and not any(self.trained()):
             raise HeadstartError(
                 f"{self.spec.architecture} has no normalisation to train",
@@ -86,7 +86,7 @@ class Classifier(nn.Module):
             conditional = choices.alignment == "conditional_adversarial"
             self.discriminator = alignment.Discriminator(dim, classes=classes if conditional else None)
         self.known: Tensor | None = None
-        self.prefix = _outermost(network, set(names[: last + 1]), reached)
+        self.prefix = _outermost(network, set(names[: last + 1]), called, used)
         for module in self.prefix:
             module.forward = partial(self._passed, module.forward)
 
@@ -120,23 +120,25 @@ class Classifier(nn.Module):
         output: Tensor = found[0]
         return output
 
-    def _probed(self, blank: tuple[Tensor, ...]) -> tuple[set[nn.Module], int]:
-        """The modules that run until the last layer wanted is reached, and the dimensions of the vectors."""
-        reached: set[nn.Module] = set()
+    def _probed(self, blank: tuple[Tensor, ...]) -> tuple[set[nn.Module], set[nn.Parameter], int]:
+        """The modules called on the way to the vectors, the parameters these depend on, and their dimensions.
+
+        It ends at the last layer wanted. Neither tells of the other: attention may take the weights of a
+        layer that it never calls, and what a pooler returns goes nowhere.
+        """
+        network, called = self.tapped.network, set[nn.Module]()
         handles = [
-            module.register_forward_pre_hook(lambda module, given: reached.add(module))
-            for module in self.tapped.network.modules()
+            module.register_forward_pre_hook(lambda module, given: called.add(module))
+            for module in network.modules()
         ]
-        with torch.inference_mode():
-            vectors = self.tapped(*blank)
+        parameters = list(network.requires_grad_(True).parameters())
+        vectors = self.tapped(*blank)
+        gradients = torch.autograd.grad(vectors.sum(), parameters, allow_unused=True)
+        network.requires_grad_(False)
         for handle in handles:
             handle.remove()
-        if (
-            self.spec.modality == "text" and not self.tapped.layers
-        ):  # a pooler runs too, but nobody asks for what it returns
-            network = self.tapped.network
-            reached -= {m for name, m in network.named_modules() if f"{name}.".startswith("pooler.")}
-        return reached, vectors.shape[1]
+        used = {p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+        return called, used, vectors.shape[1]
 
     def _quickened(self, network: nn.Module, options: Features) -> nn.Module:
         """The same network in the form in which it trains fastest."""
@@ -157,15 +159,15 @@ class Classifier(nn.Module):
                     module.p = self.choices.backbone_dropout
         return network
 
-    def _freeze(self, last: int, reached: set[nn.Module]) -> set[nn.Module]:
-        """Let all that runs learn, but for what comes up to place ``last``; return what does not learn."""
+    def _freeze(self, last: int, called: set[nn.Module], used: set[nn.Parameter]) -> set[nn.Module]:
+        """Let all that is used learn, but for what comes up to place ``last``; return what does not learn."""
         # Up to the end of the layer named: networks register their layers in the order they run.
         network, scales_alone = self.tapped.network, self.choices.source_free == "entropy"
-        frozen = {module for module in network.modules() if module not in reached}
+        frozen = {module for module in network.modules() if module not in called}
         for place, (_, module) in enumerate(network.named_modules()):
-            if place > last and module in reached:
-                for parameter in module.parameters(recurse=False):
-                    parameter.requires_grad_(not scales_alone or isinstance(module, SCALING))
+            if place > last and (isinstance(module, SCALING) or not scales_alone):
+                for parameter in used.intersection(module.parameters(recurse=False)):
+                    parameter.requires_grad_(True)
         for module in network.modules():
             parameters = list(module.parameters())
             if parameters and not any(parameter.requires_grad for parameter in parameters):
@@ -186,16 +188,25 @@ class Classifier(nn.Module):
             )
         return inside[-1]
 
-    def _adapt(self, rank: int) -> None:
-        """Put low-rank additions beside the linear layers, and train nothing else of the backbone."""
+    def _adapt(self, rank: int, called: set[nn.Module]) -> None:
+        """Put low-rank additions beside the linear layers, and train nothing else of the backbone.
+
+        Not beside those of which only the weights are taken: what stands beside them would never run.
+        """
         from peft import LoraConfig, inject_adapter_in_model
 
         network = self.tapped.network
         wanted = [
             name
             for name, module in network.named_modules()
-            if isinstance(module, nn.Linear) and module.weight.requires_grad
+            if isinstance(module, nn.Linear) and module.weight.requires_grad and module in called
         ]
+        if not wanted:
+            raise HeadstartError(
+                f"{self.spec.architecture} has no linear layer left for low-rank additions",
+                where=f"train.lora; train.freeze: {self.choices.freeze}",
+                do="name an earlier layer in train.freeze, or leave train.lora out",
+            )
         network.requires_grad_(False)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=wanted), network)
 
@@ -290,17 +301,25 @@ class _Reached(Exception):  # noqa: N818  # it is no error
 
 
 def _outermost(
-    module: nn.Module, frozen: set[str], reached: set[nn.Module], inside: str = ""
+    module: nn.Module,
+    frozen: set[str],
+    called: set[nn.Module],
+    used: set[nn.Parameter],
+    inside: str = "",
 ) -> list[nn.Module]:
-    """The largest modules of which all that runs is frozen, in the order they run."""
+    """The largest modules that are called and of which all that is used is frozen, in the order they run."""
     found = []
     for name, child in module.named_children():
         path = f"{inside}{name}"
-        parts = {f"{path}.{part}".rstrip(".") for part, each in child.named_modules() if each in reached}
-        if parts <= frozen:
-            found += [child] if parts else []
+        parts = {
+            f"{path}.{part}".rstrip(".")
+            for part, each in child.named_modules()
+            if each in called or not used.isdisjoint(each.parameters(recurse=False))
+        }
+        if child in called and parts <= frozen:
+            found.append(child)
         else:
-            found += _outermost(child, frozen, reached, f"{path}.")
+            found += _outermost(child, frozen, called, used, f"{path}.")
     return found
 
 

@@ -153,7 +153,7 @@ class Tapped(nn.Module):
     ways if ``views`` says so.
 
     Raises:
-        HeadstartError: a layer that the network does not have.
+        HeadstartError: a layer that the network does not have, or of which ``fetch`` keeps no weights.
     """
 
     def __init__(
@@ -175,6 +175,12 @@ class Tapped(nn.Module):
                 do=f"its outermost layers are {', '.join(name for name, _ in network.named_children())}",
             )
         for name in layers or ():
+            if spec.modality == "text" and f"{name}.".startswith("pooler."):
+                raise HeadstartError(
+                    f"the weights of {name} are not kept: a pooler is trained for another task",
+                    where="features.layers",
+                    do="name the last layer of the encoder, or leave features.layers out",
+                )
             known[name].register_forward_hook(partial(self._catch, name))
 
     def _catch(self, name: str, module: nn.Module, given: Any, output: Any) -> None:

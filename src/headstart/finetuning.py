@@ -24,7 +24,7 @@ from accelerate.utils import broadcast
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from headstart import activations, alignment, augmentation, devices, schedules
+from headstart import activations, alignment, augmentation, devices, launching, schedules
 from headstart.activations import SWEEP, Activations
 from headstart.errors import HeadstartError
 from headstart.heads import Singles
@@ -45,7 +45,6 @@ TOKENS_DROPPED = 0.15  # of a text that is changed much
 TRIAL = 8  # rows that show whether a network runs without its frozen layers
 LOWER_IS_BETTER = {"log_loss"}
 BAD_ROWS = "bad_rows.csv"
-ACTIVATIONS = "activations.npy"
 log = logging.getLogger(__name__)
 
 
@@ -130,7 +129,10 @@ class Tuning:
         self.choices = choices = classifier.choices
         self.checkpoints, self.work = checkpoints, work
         # One process and one device, or as many as torchrun started.
-        self.accelerator = Accelerator(cpu=devices.device().type == "cpu", mixed_precision="no")
+        wanted = devices.device()
+        if wanted.type == "cuda" and wanted.index is not None and not launching.launched():
+            torch.cuda.set_device(wanted)  # an accelerator alone takes the current one
+        self.accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision="no")
         self.device = self.accelerator.device
         devices.keep_memory()
         self.dtype = precision_of(choices, classifier, self.device)
@@ -156,6 +158,12 @@ class Tuning:
                 "alignment compares the rows of a batch within one process",
                 do="start one, or leave train.alignment and train.source_free out",
             )
+        if choices.batch_norm == "updated" and self.accelerator.num_processes > 1:
+            raise HeadstartError(
+                "the statistics of BatchNorm follow the batches of one process",
+                where="train.batch_norm",
+                do=f"set {devices.PROCESSES}=1, or leave train.batch_norm out",
+            )
 
     def run(self) -> History:
         """Train to the end, and leave the classifier with the weights of the epoch chosen.
@@ -167,28 +175,25 @@ class Tuning:
             self.keep_activations()
             return self._run()
         finally:
-            self._drop_activations()
+            self.activations = None
 
     def keep_activations(self) -> None:
         """Run the frozen layers once for all rows, if what they see is the same in every epoch."""
-        self._drop_activations()  # a run that was killed leaves its array behind
         alone = self.accelerator.num_processes == 1
         if not (self.work and alone and self.epochs > 1 and activations.constant(self.choices)):
             return
         if not self.classifier.splits():
             return
         rows = np.concatenate([self.train_rows, self.val_rows, self.target_rows])
-        path = self.work / ACTIVATIONS
         try:
-            if self._chained(rows[:TRIAL], path):
-                self.activations = Activations(self.classifier, self.pack, rows, self.dtype, path)
+            if self._chained(rows[:TRIAL], self.work):
+                self.activations = Activations(self.classifier, self.pack, rows, self.dtype, self.work)
             else:
                 log.info("the frozen layers run anew in every epoch: the others need more than their output")
         except OSError as error:
-            self._drop_activations()
             log.warning("the frozen layers run anew in every epoch: %s", error)
 
-    def _chained(self, rows: Rows, path: Path) -> bool:
+    def _chained(self, rows: Rows, work: Path) -> bool:
         """Whether the logits of these rows are the same if the frozen layers do not run.
 
         Not every network is a chain: a layer may look back past the last frozen one. A vision transformer
@@ -198,7 +203,7 @@ class Tuning:
         with torch.inference_mode():
             plain = self._logits(rows)
             try:
-                self.activations = Activations(self.classifier, self.pack, rows, self.dtype, path)
+                self.activations = Activations(self.classifier, self.pack, rows, self.dtype, work)
                 return torch.allclose(plain, self._logits(rows), rtol=0.01, atol=0.01)
             except OSError:
                 raise
@@ -206,12 +211,7 @@ class Tuning:
                 log.debug("the network does not run without its frozen layers: %s", error)
                 return False
             finally:
-                self._drop_activations()
-
-    def _drop_activations(self) -> None:
-        self.activations = None
-        if self.work:
-            (self.work / ACTIVATIONS).unlink(missing_ok=True)
+                self.activations = None
 
     def _run(self) -> History:
         if not self._resumed():

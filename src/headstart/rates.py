@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from headstart import schedules
 from headstart.errors import HeadstartError
 from headstart.progress import bar
 
@@ -60,8 +61,22 @@ def sweep(tuning: Tuning, low: float = 1e-6, high: float = 1.0, steps: int = 100
 
 
 def suggested(table: pd.DataFrame) -> float:
-    """A tenth of the rate at which the mean loss was lowest: there it still falls, with room for noise."""
+    """A tenth of the rate at which the mean loss was lowest: there it still falls, with room for noise.
+
+    As those of the table, it is the fastest layer's.
+    """
     return float(table["learning_rate"].iloc[int(np.argmin(table["mean"]))] / 10)
+
+
+def keys(tuning: Tuning, fastest: float) -> dict[str, float]:
+    """The keys of ``train`` with which the fastest layer learns at this rate, the others in their ratio."""
+    choices = tuning.choices
+    rate = choices.learning_rate or schedules.LEARNING_RATE[tuning.classifier.spec.modality]
+    share = fastest / max(tuning.rates)
+    found = {"learning_rate": rate * share}
+    if choices.head_learning_rate:
+        found["head_learning_rate"] = choices.head_learning_rate * share
+    return found
 
 
 def plot(table: pd.DataFrame, path: Path) -> None:
@@ -74,6 +89,6 @@ def plot(table: pd.DataFrame, path: Path) -> None:
     axes.plot(table["learning_rate"], table["mean"], label="running mean")
     rate = suggested(table)
     axes.axvline(rate, linestyle="--", color="tab:green", label=f"suggested: {rate:.1e}")
-    axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
+    axes.set(xscale="log", xlabel="learning rate of the fastest layer", ylabel="loss")
     axes.legend()
     figure.savefig(path)

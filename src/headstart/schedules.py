@@ -6,7 +6,9 @@ the factor of their learning rates at each moment. Never steps an optimizer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from itertools import pairwise
 from math import cos, pi
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 # has figures.
 LEARNING_RATE = {"image": 1e-3, "text": 1e-4}
 LAYER_DECAY = {"image": 0.8, "text": 1.0}
+# Blocks whose number is part of their name, as in `encoder_layer_11`. A layer of DenseNet is none: it has
+# dozens, and the first would stand still.
+NUMBERED = re.compile(r"(?!denselayer)[a-z_]*(layer|block|transition)_?\d[\d-]*")
 STEP_EPOCHS, STEP_FACTOR = 7, 0.1  # the step schedule of the classic tutorials
 
 
@@ -26,10 +31,15 @@ def layer_of(name: str) -> str:
     """The layer that a parameter belongs to: its name up to the first number in it, or its first part.
 
     ``encoder.layer.3.output.dense.weight`` is of ``encoder.layer.3``, ``conv_stem.weight`` of ``conv_stem``.
+    Below the outermost level a numbered block counts as a number, of blocks within blocks the innermost:
+    ``trunk_output.block1.block1-0.proj.0.weight`` is of ``trunk_output.block1.block1-0``.
     """
     parts = name.split(".")
-    number = next((place for place, part in enumerate(parts) if part.isdigit()), 0)
-    return ".".join(parts[: number + 1])
+    for place, (part, inner) in enumerate(pairwise([*parts, ""])):
+        block = place > 0 and NUMBERED.fullmatch(part)
+        if part.isdigit() or (block and not (inner.isdigit() or NUMBERED.fullmatch(inner))):
+            return ".".join(parts[: place + 1])
+    return parts[0]
 
 
 def groups(

@@ -67,7 +67,8 @@ def take(recipe: Recipe, layout: Layout) -> dict[str, Any]:
 
     Returns:
         ``recipe``, ``data`` (the manifest), ``features`` and ``backbone`` as hex sha256, ``code`` as hex
-        sha256 per module, ``seed``, and ``registered``, the head of a registered model to go on from.
+        sha256 per module, ``seed``, ``classes`` as the recipe orders them, and ``registered``, the head of a
+        registered model to go on from. ``classes`` are there for ``key``: a finished model knows its own.
 
     Raises:
         HeadstartError: the manifest or the features are missing.
@@ -82,6 +83,7 @@ def take(recipe: Recipe, layout: Layout) -> dict[str, Any]:
             "backbone": described["backbone_sha256"],
             "code": {name: sha256_of(LIBRARY / f"{name}.py") for name in MODULES},
             "seed": recipe.train.seed,
+            "classes": recipe.validate_.classes,
         } | ({"registered": sha256_of(brought)} if brought.exists() else {})
     except FileNotFoundError as error:
         raise HeadstartError(

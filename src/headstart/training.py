@@ -39,14 +39,17 @@ def train(recipe: Recipe, layout: Layout) -> None:
     if recipe.train.trains_backbone:
         from headstart import devices
 
-        # Domains are compared, and rows read or labelled anew, within one process.
+        # Domains are compared, rows read or labelled anew, and statistics followed within one process.
         choices = recipe.train
-        alone = choices.alignment or choices.teach or choices.target_statistics or choices.source_free
+        aligned = choices.alignment or choices.teach or choices.target_statistics or choices.source_free
+        alone = aligned or choices.follows_batches
         if not launching.launched() and (processes := devices.processes()) > 1 and not alone:
             launching.train(Path("recipes") / f"{layout.recipe}.yaml", processes)
             return
     stamped = stamps.take(recipe, layout)  # first: a choice edited from here on is not what was used
     examples = load(recipe, layout)
+    if recipe.train.decide.costs is not None:  # a misspelt class is to be known before hours of training
+        _rule(recipe.train, examples, np.empty(0, np.int64), np.empty((0, len(examples.classes))))
     key = stamps.key(stamped)
     fitted = fit(recipe, layout, examples, examples.rows("train"), examples.rows("val"), key=key)
     if fitted is None:
