@@ -68,7 +68,7 @@ def brought(recipe: Recipe, layout: Layout, log: Callable[[str], None]) -> str:
     if not layout.raw.exists() and versioning.restore_data(layout.root, recipe.name, log):
         outcome = "restored"
     origin = _origin(recipe, layout)
-    if not layout.raw.exists() or _recorded(layout) != origin:
+    if not layout.raw.exists() or not _same(_recorded(layout), origin):
         uri, member = sources.split_fragment(recipe.ingest.source)
         path = sources.fetch(uri, recipe.ingest.sha256)
         if recipe.ingest.sha256 is None and not uri.startswith("file:"):
@@ -144,12 +144,20 @@ def _origin(recipe: Recipe, layout: Layout) -> dict[str, str | None]:
     }
     if uri.startswith("file:"):
         origin["content"] = _digest(sources.fetch(uri, recipe.ingest.sha256), layout)
+    elif "=" in uri.partition("?")[2]:  # values that are redacted
+        origin["address"] = sources.address_digest(uri)
     return origin
 
 
-def _recorded(layout: Layout) -> object:
+def _recorded(layout: Layout) -> dict[str, str | None]:
     path = layout.raw / ORIGIN
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    recorded: dict[str, str | None] = {}
+    return recorded | json.loads(path.read_text(encoding="utf-8")) if path.exists() else recorded
+
+
+def _same(recorded: dict[str, str | None], origin: dict[str, str | None]) -> bool:
+    """Whether a snapshot is from there; older ones do not say from which query."""
+    return recorded == {name: fact for name, fact in origin.items() if name != "address" or name in recorded}
 
 
 def _digest(path: Path, layout: Layout) -> str:
@@ -177,11 +185,13 @@ def _files(path: Path) -> Iterator[Path]:
     if path.is_file():
         yield path
         return
-    yield from sorted(file for file in path.rglob("*") if file.is_file())
+    yield from sorted(sources.files_of(path))
 
 
 def earlier_splits(layout: Layout) -> bytes | None:
-    """The present manifest's ``id`` and ``split`` as Parquet, or None before the first snapshot.
+    """``id``, ``split`` and ``digest`` of every row so far as Parquet, or None before the first.
+
+    Those of the present manifest, and of rows of earlier ones: what is missing today may be back tomorrow.
 
     Raises:
         HeadstartError: a snapshot was validated once, but its manifest is not here.
@@ -193,11 +203,19 @@ def earlier_splits(layout: Layout) -> bytes | None:
     validated = lock.exists() and f"validate@{layout.recipe}:" in lock.read_text(encoding="utf-8")
     if validated and not manifest.exists():  # as after a snapshot that was refused
         versioning.restore_stage(layout.root, f"validate@{layout.recipe}")
+    kept = layout.raw / EARLIER_SPLITS
     if manifest.exists():
         import pyarrow as pa
+        import pyarrow.compute as pc
 
+        table = pq.read_table(manifest, columns=["id", "split", "digest"])
+        if kept.exists():
+            before = pq.read_table(kept)
+            gone = before.filter(pc.invert(pc.is_in(before["id"], table["id"])))
+            if gone.num_rows:
+                table = pa.concat_tables([table, gone], promote_options="permissive").sort_by("id")
         sink = pa.BufferOutputStream()
-        pq.write_table(pq.read_table(manifest, columns=["id", "split"]), sink)
+        pq.write_table(table, sink)
         return bytes(sink.getvalue())
     if validated and layout.raw.exists():
         raise HeadstartError(
@@ -205,4 +223,4 @@ def earlier_splits(layout: Layout) -> bytes | None:
             where=str(manifest),
             do=f"run `dvc pull validate@{layout.recipe}` or `dvc checkout validate@{layout.recipe}` first",
         )
-    return None
+    return kept.read_bytes() if kept.exists() else None

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from headstart.adapters import NO_LABEL, modules, read
+from headstart.adapters import NO_LABEL, columns, modules, read
 from headstart.errors import HeadstartError
 from headstart.recipe import Validate
 
@@ -78,6 +78,14 @@ def test_train_val_and_test_folders_are_known_by_their_usual_names(
         f"{name}/cat/1.jpg": (split, "cat")
         for name, split in zip(names, ("train", "val", "test"), strict=True)
     }
+
+
+@pytest.mark.parametrize(
+    ("around", "split"), [("test", "test"), ("Validation", "val"), ("train", "train"), ("photos/dev", "val")]
+)
+def test_a_folder_around_all_classes_may_be_a_split(around: str, split: str, tmp_path: Path) -> None:
+    touch(tmp_path, f"{around}/cat/1.jpg", f"{around}/dog/2.jpg", ".batch.json")
+    assert images(tmp_path) == {f"{around}/cat/1.jpg": (split, "cat"), f"{around}/dog/2.jpg": (split, "dog")}
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
@@ -203,6 +211,25 @@ def test_a_tsv_may_hold_quotation_marks_that_quote_nothing(tmp_path: Path) -> No
     assert list(frame["text"]) == ['"Hello" she said', '"and left', "x"]
 
 
+def test_no_row_of_a_tsv_is_lost_between_two_quotation_marks(tmp_path: Path) -> None:
+    lines = ["text\tlabel", '"I hate it\ta', "lost\tb", 'he said "hi"\ta', '"he said ""hi"""\tb', '"\ta']
+    frame = table(tmp_path, "t.tsv", "\r\n".join([*lines, '""\tb', '"a" or "b"\ta', "", ""]))
+    assert cells(frame, "text", "label") == [
+        ('"I hate it', "a"),
+        ("lost", "b"),
+        ('he said "hi"', "a"),
+        ('he said "hi"', "b"),
+        ('"', "a"),
+        ("", "b"),
+        ('"a" or "b"', "a"),
+    ]
+
+
+def test_a_quoted_text_of_a_tsv_may_span_lines_and_tabs(tmp_path: Path) -> None:
+    content = 'label\ttext\na\t"one\ntwo"\nb\t"three\tfour"\n'
+    assert list(table(tmp_path, "t.tsv", content)["text"]) == ["one\ntwo", "three\tfour"]
+
+
 def test_usual_names_of_splits_are_understood_and_others_kept_for_validation(tmp_path: Path) -> None:
     frame = table(
         tmp_path, "t.csv", "text,label,s\nx,a,Train\ny,a,validation\nz,a,dev\nw,a,holdout\nv,a,\n", split="s"
@@ -257,6 +284,12 @@ def test_bytes_of_an_older_encoding_are_read_as_windows_1252(tmp_path: Path) -> 
         ("café “x”", "crème", "caf\ufffd \ufffdx\ufffd"),
         ("naïve", "a", None),
     ]
+
+
+def test_columns_of_an_older_encoding_are_read_as_windows_1252(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes("id,label\n caf\u00e9.jpg,cr\u00e8me\nb, \n".encode("cp1252"))
+    found = columns(tmp_path / "t.csv", {"id", "label"})
+    assert cells(found, "id", "label") == [("café.jpg", "crème"), ("b", None)]
 
 
 @pytest.mark.parametrize(

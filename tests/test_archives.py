@@ -240,6 +240,20 @@ def test_flipped_bits_are_an_error(tmp_path: Path, folder: Path) -> None:
     assert "damaged" in refused(path, None, folder)
 
 
+def test_a_zip_in_a_compression_that_python_lacks_is_not_called_damaged(tmp_path: Path, folder: Path) -> None:
+    path = packed(tmp_path / "x.zip", {"photo": b"1" * 1000})
+    content = bytearray(path.read_bytes())
+    deflate64 = b"\x09\x00"
+    content[8:10] = deflate64  # in the file's own header, and in the central directory
+    place = content.index(b"PK\x01\x02") + 10
+    content[place : place + 2] = deflate64
+    path.write_bytes(content)
+    text = refused(path, None, folder)
+    assert "packed in a way that Python cannot read" in text
+    assert "pack it again" in text
+    assert "damaged" not in text
+
+
 def test_names_that_cannot_be_files_together_are_an_error(tmp_path: Path, folder: Path) -> None:
     assert "damaged" in refused(packed(tmp_path / "x.tar", {"a": b"1", "a/b": b"2"}), None, folder)
     long = packed(tmp_path / "y.zip", {"n" * 300: b"1"})
@@ -283,4 +297,30 @@ def test_a_link_in_a_folder_of_ones_own_is_followed_and_a_broken_one_named(
     assert held(folder) == {"link": b"1"}
     assert not (folder / "link").is_symlink()
     (tmp_path / "mine/lost").symlink_to(tmp_path / "nowhere")
-    assert "lost" in refused(tmp_path / "mine", None, folder)
+    text = refused(tmp_path / "mine", None, folder)
+    assert "the folder holds a broken link" in text
+    assert "mine: lost" in text
+    assert "mend or delete it" in text
+    assert "trust" not in text
+
+
+def test_what_editors_and_programs_hide_in_a_folder_of_ones_own_is_passed_over(
+    tmp_path: Path, folder: Path
+) -> None:
+    mine = tmp_path / "mine"
+    (mine / ".cache").mkdir(parents=True)
+    (mine / "t.csv").write_bytes(b"1")
+    (mine / ".hidden").write_bytes(b"2")
+    (mine / ".#t.csv").symlink_to("someone@host.123:456")
+    (mine / ".cache/lost").symlink_to("nowhere")
+    os.mkfifo(mine / ".pipe")
+    archives.place(mine, None, folder)
+    assert held(folder) == {"t.csv": b"1", ".hidden": b"2"}
+
+
+def test_a_link_that_leads_back_brings_nothing_twice(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "mine/deep").mkdir(parents=True)
+    (tmp_path / "mine/deep/a").write_bytes(b"1")
+    (tmp_path / "mine/deep/back").symlink_to(tmp_path / "mine")
+    archives.place(tmp_path / "mine", None, folder)
+    assert held(folder) == {"deep/a": b"1"}

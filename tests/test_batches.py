@@ -141,6 +141,74 @@ def test_batches_join_splits_that_the_source_gives(tmp_path: Path) -> None:
     assert list(written(layout, "left_out")["reason"]) == [TIES]
 
 
+@pytest.mark.parametrize(
+    "given", [("test",), ("train",), ("val",), ("train", "val"), ("train", "test")], ids=" and ".join
+)
+@pytest.mark.parametrize("split", [False, True], ids=["dealt source", "split source"])
+def test_a_batch_that_brings_some_of_the_splits_keeps_them(
+    given: tuple[str, ...], split: bool, tmp_path: Path
+) -> None:
+    layout = Layout(tmp_path, "case")
+    for seed, folder in enumerate(("train", "test") if split else (".",), 7):
+        examples.write_images(layout.raw / folder, 30, seed=seed)
+    options = cached.recipe(validate={"adapter": "image_folder"})
+    validate(options, layout)
+    before = written(layout).set_index("id")["split"]
+    keep_splits(layout)
+    batch = add(layout, "more")
+    for seed, name in enumerate(given):
+        examples.write_images(batch / name, 10, seed=seed)
+    for _ in range(2):  # also once they are known
+        validate(options, layout)
+        rows = written(layout).set_index("id")
+        assert rows.loc[before.index, "split"].equals(before)
+        more = rows[rows["batch"] == "more"]
+        assert more["split"].value_counts().to_dict() == dict.fromkeys(given, 20)
+        assert more.index.str.split("/").str[2].tolist() == more["split"].tolist()
+        keep_splits(layout)
+
+
+def test_a_batch_does_not_train_on_what_was_the_test_once(tmp_path: Path) -> None:
+    layout = Layout(tmp_path, "case")
+    examples.write_images(layout.raw, 30)
+    options = cached.recipe(validate={"adapter": "image_folder"})
+    validate(options, layout)
+    rows = written(layout)
+    rows[["id", "split", "digest"]].to_parquet(layout.raw / ".splits.parquet", index=False)
+    batch = add(layout, "again")
+    examples.write_images(batch / "train", 10, seed=1)
+    for path in rows.loc[rows["split"] == "test", "path"]:
+        (layout.raw / path).rename(batch / "train" / f"{path.replace('/', '/was-')}")
+    validate(options, layout)
+    again = written(layout).query("batch == 'again'")
+    was = again["id"].str.contains("was-")
+    assert set(again.loc[was, "split"]) == {"test"}
+    assert set(again.loc[~was, "split"]) == {"train"}
+
+
+def test_a_group_does_not_move_for_a_row_that_comes_back_into_it(tmp_path: Path) -> None:
+    layout = Layout(tmp_path, "case")
+    rows = [
+        f"{i},text {i} is of {i * 7919 % 1009} words,{'no' if i % 2 else 'yes'},g{i // 4}" for i in range(200)
+    ]
+    layout.raw.mkdir(parents=True)
+    table = layout.raw / "t.csv"
+    table.write_text("\n".join(["id,text,label,group", *rows]) + "\n")
+    options = cached.recipe(validate={"adapter": "table", "columns": {"id": "id", "group": "group"}})
+    validate(options, layout)
+    known = written(layout).set_index("id")
+    known.reset_index()[["id", "split", "digest"]].to_parquet(layout.raw / ".splits.parquet", index=False)
+    tested = int(known.index[known["split"] == "test"][0])
+    group = known.loc[known["split"] == "train", "group"].iloc[0]
+    back = rows.pop(tested).split(",")
+    table.write_text("\n".join(["id,text,label,group", *rows]) + "\n")
+    add(layout, "back", f"id,text,label,group\nnew,{back[1]},{back[2]},{group}\n")
+    validate(options, layout)
+    after = written(layout).set_index("id")["split"]
+    earlier = known["split"].drop(str(tested))
+    assert after[earlier.index].equals(earlier)
+
+
 def test_groups_in_a_tables_own_column_are_the_same_everywhere(tmp_path: Path) -> None:
     layout = Layout(tmp_path, "case")
     rows = [

@@ -251,6 +251,30 @@ def test_a_folder_has_a_digest_whatever_bytes_its_names_are(tmp_path: Path) -> N
     assert len(sources.digest_of(tmp_path)) == 64
 
 
+def test_the_digest_of_a_folder_covers_what_its_links_lead_to(tmp_path: Path) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    for name in ("b/1", "b.c/2", "a", ".hidden/3"):
+        (mine / name).parent.mkdir(parents=True, exist_ok=True)
+        (mine / name).write_text(name)
+    names = [".hidden/3", "a", "b.c/2", "b/1"]
+    lines = "".join(f"{name}\0{hashlib.sha256(name.encode()).hexdigest()}\n" for name in names)
+    assert sources.digest_of(mine) == hashlib.sha256(lines.encode()).hexdigest()
+    other.mkdir()
+    (other / "4").write_text("4")
+    (mine / "cat").symlink_to(other)
+    before = sources.digest_of(mine)
+    (other / "4").write_text("5")
+    assert sources.digest_of(mine) != before
+    (mine / "b/back").symlink_to(mine)
+    assert [file.relative_to(mine).as_posix() for file in sources.files_of(mine)] == [
+        "a",
+        ".hidden/3",
+        "b/1",
+        "b.c/2",
+        "cat/4",
+    ]
+
+
 def test_a_model_comes_from_the_hub_that_hf_endpoint_names_without_what_nobody_needs(
     hub: Loopback, tmp_path: Path
 ) -> None:

@@ -227,6 +227,31 @@ def test_more_rows_never_move_an_earlier_one(tmp_path: Path) -> None:
     assert report(layout)["by_split"] == {"test": 96, "train": 288, "val": 96}
 
 
+def test_a_picture_that_moves_to_another_folder_keeps_its_split(tmp_path: Path) -> None:
+    layout = pictures(tmp_path)
+    validate(recipe(PICTURES), layout)
+    before = written(layout).set_index("id")["split"]
+    written(layout)[["id", "split", "digest"]].to_parquet(layout.raw / ".splits.parquet", index=False)
+    (layout.raw / "dark").rename(layout.raw / "dim")
+    tested = next(row for row in before.index[before == "test"] if row.startswith("light"))
+    (layout.raw / tested).rename(layout.raw / "dim/was-light.png")  # its label was wrong
+    validate(recipe(PICTURES), layout)
+    after = written(layout).set_index("id")["split"]
+    assert after["dim/was-light.png"] == "test"
+    dark = before[before.index.str.startswith("dark")]
+    assert after[dark.index.str.replace("dark", "dim")].tolist() == dark.tolist()
+
+
+def test_content_that_had_several_splits_keeps_the_most_protected(tmp_path: Path) -> None:
+    layout = pictures(tmp_path)
+    validate(recipe(PICTURES), layout)
+    rows = written(layout)[["id", "split", "digest"]].head(2)
+    gone = pd.concat([rows.assign(id=rows["id"] + split, split=split) for split in ("val", "test", "train")])
+    gone.to_parquet(layout.raw / ".splits.parquet", index=False)
+    validate(recipe(PICTURES), layout)
+    assert set(written(layout).set_index("id").loc[rows["id"], "split"]) == {"test"}
+
+
 def test_a_newcomer_that_ties_a_test_row_to_a_train_row_moves_only_the_train_row(tmp_path: Path) -> None:
     layout = texts(tmp_path)
     start = "once upon a time there was a very long story of a king a queen a cook a thief"
@@ -341,6 +366,13 @@ def test_validation_rows_cut_from_train_stay_when_more_come(tmp_path: Path) -> N
     validate(recipe(PICTURES), layout)
     assert written(layout).set_index("id")["split"][before.index].equals(before)
     assert report(layout)["by_split"]["val"] == 30
+
+
+def test_a_folder_called_train_around_everything_gives_nothing(tmp_path: Path) -> None:
+    layout = folders(tmp_path, train=30)
+    validate(recipe(PICTURES), layout)
+    assert report(layout)["by_split"] == {"test": 12, "train": 36, "val": 12}
+    assert set(written(layout)["label"]) == {"dark", "light"}
 
 
 def test_with_train_alone_all_three_are_cut_from_it(tmp_path: Path) -> None:
@@ -731,6 +763,18 @@ def test_domains_on_neither_side_are_left_out(tmp_path: Path) -> None:
     assert set(written(layout)["domain"]) == {"a", "b"}
     reasons = written(layout, "left_out")["reason"]
     assert set(reasons) == {"of a domain that is neither source nor target"}
+
+
+def test_a_class_that_only_the_target_has_is_an_error_that_names_it(tmp_path: Path) -> None:
+    layout = texts(tmp_path)
+    rows = lines(layout)
+    of_target = next(i for i, row in enumerate(rows) if row.endswith(",happy,b"))
+    rows[of_target] = rows[of_target].replace(",happy,b", ",torn,b")
+    rewrite(layout, rows)
+    with pytest.raises(HeadstartError, match="labels that are no class: torn") as caught:
+        validate(adapting(), layout)
+    assert caught.value.where == "rows of the domain b"
+    assert not layout.manifest.exists()
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ import importlib
 import io
 import json
 import math
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(("val", "valid", "validation", "dev", "development"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+QUOTED = re.compile(r'"(?:[^"]|"")*"')  # a cell that means what is inside, where two marks are one
 # Adapters whose groups are places in a list, and mean nothing outside of it.
 GROUPS_BY_POSITION = {"elpv"}
 # A module of 60, 72, 54, 50 or 48 cells: the formats that occur in the ELPV data set.
@@ -97,10 +99,12 @@ def _find(name: str) -> Adapter:
 def image_folder(raw: Path, options: Validate) -> pd.DataFrame:
     """Images in one folder per class, with or without train, val and test folders on top.
 
-    Images beside the class folders have no label. Wrapper folders are looked through. A folder called
-    ``train`` that holds pictures, not folders, is a class like any other.
+    Images beside the class folders have no label. Wrapper folders are looked through; a split's name on one
+    counts for all that is inside. A folder called ``train`` that holds pictures, not folders, is a class like
+    any other.
     """
     top = _without_wrappers(raw)
+    around = [SPLIT_NAMES[part.lower()] for part in top.relative_to(raw).parts if part.lower() in SPLIT_NAMES]
     given = {
         folder.name: SPLIT_NAMES[folder.name.lower()]
         for folder in _folders(top)
@@ -121,6 +125,8 @@ def image_folder(raw: Path, options: Validate) -> pd.DataFrame:
         bare = not folders and (len(parts) == 1 or split)  # where class folders would stand
         reason = None if known and folders else NO_LABEL if known and bare else NO_CLASS
         label = folders[0] if folders else None
+        if around and not given and parts:
+            split = around[-1]
         rows.append({"path": name, "label": label, "split": split, "left_out": reason})
     if unnameable:
         raise HeadstartError(
@@ -173,7 +179,7 @@ def columns(file: Path, names: set[str]) -> pd.DataFrame:
         HeadstartError: the table is damaged.
     """
     content = _read(file, names)[1]
-    return pd.DataFrame({name: [as_text(value) or None for value in content[name]] for name in sorted(names)})
+    return pd.DataFrame({name: _whole(map(as_text, content[name])) for name in sorted(names)})
 
 
 def _one_table(file: Path, options: Validate) -> pd.DataFrame:
@@ -200,8 +206,13 @@ def _one_table(file: Path, options: Validate) -> pd.DataFrame:
         rows["split"] = [SPLIT_NAMES.get(split.lower(), split) if split else None for split in rows["split"]]
     rows["place"] = [f"{file.name}, row {number}" for number in range(1, len(rows["text"]) + 1)]
     for role in set(wanted) - {"text"}:
-        rows[role] = [mojibake.windows(value) or None if value else None for value in rows[role]]
+        rows[role] = _whole(rows[role])
     return pd.DataFrame(rows)
+
+
+def _whole(texts: Iterable[str | None]) -> list[str | None]:
+    """Texts without stray bytes; None where nothing stands."""
+    return [mojibake.windows(text) if text else None for text in texts]
 
 
 def _read(file: Path, wanted: set[str]) -> tuple[list[str], Columns]:
@@ -229,6 +240,8 @@ def _content(file: Path, wanted: set[str]) -> tuple[list[str], Columns]:
     if file.suffix.lower() == ".jsonl":
         return _json_lines(text, wanted)
     between = separator(file, text.split("\n", 1)[0], wanted)
+    if between == "\t" and a_row_a_line(io.StringIO(text, newline="")):
+        return _separated(text, between, wanted, csv.QUOTE_NONE, unquoted)
     try:
         return _separated(text, between, wanted)
     except csv.Error:
@@ -253,16 +266,36 @@ def separator(file: Path, header: str, wanted: set[str]) -> str:
     return ";" if semicolons else ","
 
 
+def a_row_a_line(lines: Iterable[str]) -> bool:
+    """Whether each line of a TSV file is a row, with as many cells as the header: so no cell spans lines.
+
+    A text may then begin with a quotation mark that a later row seems to close. Of a single column nothing
+    can be told.
+    """
+    tabs = {line.count("\t") for line in lines if line.strip("\r\n")}
+    return len(tabs) == 1 and tabs != {0}
+
+
+def unquoted(row: list[str]) -> list[str]:
+    """The cells of such a row, without the quotation marks that enclose one whole."""
+    return [cell[1:-1].replace('""', '"') if QUOTED.fullmatch(cell) else cell for cell in row]
+
+
 def _separated(
-    text: str, separator: str, wanted: set[str], quoting: int = csv.QUOTE_MINIMAL
+    text: str,
+    separator: str,
+    wanted: set[str],
+    quoting: int = csv.QUOTE_MINIMAL,
+    clean: Callable[[list[str]], list[str]] = list,
 ) -> tuple[list[str], Columns]:
     csv.field_size_limit(sys.maxsize)  # a field may be a whole book
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)  # type: ignore[arg-type]
-    names = [name.strip() for name in next(reader, [])]
+    rows = map(clean, reader)
+    names = [name.strip() for name in next(rows, [])]
     places = {name: names.index(name) for name in wanted if name in names}
     columns: Columns = {name: [] for name in places}
     try:
-        for row in reader:
+        for row in rows:
             if any(row[len(names) :]):
                 raise ValueError(
                     f"line {reader.line_num}: {len(row)} fields, but the header names {len(names)}"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import errno
 import lzma
-import os
 import re
 import shutil
 import stat
@@ -27,6 +26,7 @@ from typing import IO
 
 from headstart.errors import HeadstartError
 from headstart.progress import bar
+from headstart.sources import walk
 
 ZIPS = (".zip", ".whl")
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -124,6 +124,8 @@ def _unpack(path: Path, wanted: str, folder: Path, spent: Spent, tell: Callable[
             if wanted and not (through or name == wanted or name.startswith(f"{wanted}/")):
                 continue
             if fault := entry.fault or _escape(name):
+                if path.is_dir():
+                    raise HeadstartError(f"the folder holds {fault}", f"{path}: {name}", "mend or delete it")
                 raise HeadstartError(
                     f"the archive holds {fault}, which is never unpacked",
                     where=f"{path}: {name}",
@@ -169,14 +171,15 @@ def _entries(path: Path) -> Iterator[tuple[str, Entry]]:
 
 
 def _of_folder(root: Path) -> Iterator[Entry]:
-    """Links in a folder of the user's own are followed; one that goes round in a circle ends as broken."""
-    for parent, folders, files in os.walk(root, followlinks=True):
-        folders.sort()
+    """Links in a folder of the user's own are followed."""
+    for parent, folders, files in walk(root):
         for name in sorted(folders + files):
             path = Path(parent, name)
             fault = "" if path.is_file() or path.is_dir() else "a broken link, device or pipe"
-            inside = path.relative_to(root).as_posix()
-            yield Entry(inside, path.is_dir(), _opener(path), fault, path=path)
+            inside = path.relative_to(root)
+            # Editors and other programs keep locks and sockets where nobody sees them.
+            if not (fault and any(part.startswith(".") for part in inside.parts)):
+                yield Entry(inside.as_posix(), path.is_dir(), _opener(path), fault, path=path)
 
 
 def _of_zip(path: Path) -> Iterator[Entry]:
@@ -253,6 +256,13 @@ def _damage_named(path: Path) -> Iterator[None]:
     """Whatever a damaged archive raises becomes one error that names it."""
     try:
         yield
+    except NotImplementedError as error:  # what Windows makes of a large folder, for one: Deflate64
+        raise HeadstartError(
+            "the archive is packed in a way that Python cannot read",
+            where=str(path),
+            table=[str(error)[:200]],
+            do="unpack it and pack it again, as .tar.gz or as .zip with Deflate",
+        ) from None
     except (*DAMAGED, OSError) as error:
         if isinstance(error, OSError) and (not is_archive(path.name) or error.errno not in ILL_NAMED):
             raise

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from headstart.errors import HeadstartError
 
-EARLIER_SPLITS = ".splits.parquet"  # in the raw folder: ids and splits of the snapshot before this one
+EARLIER_SPLITS = ".splits.parquet"  # in the raw folder: ids and splits of all snapshots before this one
 HIDDEN = ""  # in a manifest, the label of a row whose label is unknown or put aside
 REGISTERED = "registered"  # beside a backbone that was a registered model's: its head, and what goes with it
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}

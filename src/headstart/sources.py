@@ -29,7 +29,18 @@ from headstart.errors import HeadstartError
 from headstart.layout import UNWRITABLE, sha256_of
 from headstart.progress import bar
 
-__all__ = ["digest_of", "fetch", "from_store", "local", "redacted", "split_fragment", "trouble_named"]
+__all__ = [
+    "address_digest",
+    "digest_of",
+    "fetch",
+    "files_of",
+    "from_store",
+    "local",
+    "redacted",
+    "split_fragment",
+    "trouble_named",
+    "walk",
+]
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +97,27 @@ def digest_of(path: Path) -> str:
     """Hex sha256 of a file's bytes; of a folder, of the line "NAME, NUL, SHA256" of each file, in order."""
     if path.is_file():
         return sha256_of(path)
-    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    names = sorted(file.relative_to(path).as_posix() for file in files_of(path))
     lines = "".join(f"{name}\0{sha256_of(path / name)}\n" for name in names)
     # A name is whatever bytes the disk has.
     return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """``os.walk`` in order, also through links to folders, but for one that leads back to where it stands."""
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not _leads_back(Path(parent, name)))
+        yield parent, folders, sorted(files)
+
+
+def _leads_back(path: Path) -> bool:
+    return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
+
+
+def files_of(folder: Path) -> Iterator[Path]:
+    """Every file in a folder and below, as ``archives`` would copy it: also behind links."""
+    for parent, _, names in walk(folder):
+        yield from (file for name in names if (file := Path(parent, name)).is_file())
 
 
 def _offline() -> bool:
@@ -109,8 +137,13 @@ def cache() -> Path:
 def _key(uri: str) -> str:
     """The entry's name: what a person can read of the URI, and a digest without anyone's web login."""
     legible = re.sub(r"[^A-Za-z0-9.]+", "-", redacted(uri).partition("?")[0])[:60].strip("-.")
+    return f"{legible}-{address_digest(uri)}"
+
+
+def address_digest(uri: str) -> str:
+    """12 hex digits that tell one URI from another, its query included, without anyone's web login."""
     everyones = re.sub(r"^(https?:)//[^/\s]*@", r"\1//", uri)
-    return f"{legible}-{hashlib.sha256(everyones.encode()).hexdigest()[:12]}"
+    return hashlib.sha256(everyones.encode()).hexdigest()[:12]
 
 
 def _kept(entry: Path, sha256: str | None) -> Path | None:
@@ -156,7 +189,7 @@ def _both(expected: str, got: str) -> list[str]:
 
 def _size(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
-    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else files_of(path)))
 
 
 # Kinds. A getter leaves a file or folder at the path it is given, and returns its name and the start of the

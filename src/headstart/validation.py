@@ -88,7 +88,9 @@ def validate(recipe: Recipe, layout: Layout) -> None:
     both = (label[first] != HIDDEN) & (label[second] != HIDDEN)
     contradictions = int((both & (label[first] != label[second])).sum())
 
-    kept, repeated = _in_splits(kept, code, np.concatenate(list(pairs.values())), options, _earlier(layout))
+    kept, repeated = _in_splits(
+        kept, code, np.concatenate(list(pairs.values())), options, _earlier(layout, kept)
+    )
     classes = options.classes or sorted(set(kept["label"]) - {HIDDEN})
     _refuse(schemas.split_failures(kept, options, classes), layout)
     kept = _given_back(kept, truth, options)
@@ -223,7 +225,9 @@ def _put_aside(frame: pd.DataFrame, options: Validate) -> tuple[pd.DataFrame, pd
         frame["left_out"].isna() | (frame["left_out"] == adapters.NO_LABEL)
     )
     truth = frame.loc[hidden & frame["label"].notna(), ["id", "label"]]
-    if options.classes and (strange := sorted(set(truth["label"]) - set(options.classes))):
+    usable = frame["domain"].isin(sources) & frame["left_out"].isna()
+    classes = options.classes or set(frame.loc[usable, "label"].dropna())
+    if classes and (strange := sorted(set(truth["label"]) - set(classes))):
         raise HeadstartError(
             f"labels that are no class: {', '.join(strange)}",
             where=f"rows of the domain {target}",
@@ -331,13 +335,27 @@ def _look(path: Path, min_side: int) -> Look | tuple[str, str, str]:
         return "decodes", f"{error or type(error).__name__}"[:80], replace
 
 
-def _earlier(layout: Layout) -> dict[str, str]:
-    """Splits that rows had in the snapshot before this one."""
+def _earlier(layout: Layout, kept: pd.DataFrame) -> dict[str, str]:
+    """Splits that rows had in the snapshots before this one.
+
+    A row whose id is unknown, as of a picture that was moved to another class, has the most protected split
+    that its content had under ids that are gone. A batch never moves an earlier row: there a group that is
+    known goes before.
+    """
     file = layout.raw / EARLIER_SPLITS
     if not file.exists():
         return {}
     table = pd.read_parquet(file)
-    return dict(zip(table["id"], table["split"], strict=True))
+    earlier = dict(zip(table["id"], table["split"], strict=True))
+    if "digest" not in table:  # written by an older version
+        return earlier
+    gone = table[~table["id"].isin(kept["id"])].dropna(subset="digest")
+    gone = gone.sort_values("split", key=lambda split: split.map(splits.PROTECTED), kind="stable")
+    of_content = dict(zip(gone["digest"], gone["split"], strict=True))  # the last one counts
+    known = kept["id"].isin(earlier)
+    joins = (kept["batch"] != "") & kept["group"].isin(kept.loc[known, "group"])
+    moved = kept[~known & ~joins & kept["digest"].isin(of_content)]
+    return earlier | dict(zip(moved["id"], moved["digest"].map(of_content), strict=True))
 
 
 def _in_splits(
@@ -346,11 +364,11 @@ def _in_splits(
     """The rows with groups merged over duplicates and a split each, and rows left out for their sake.
 
     Splits that the data themselves give stay as they are; a row that repeats one in a more protected
-    split is left out, so that what the test measures is not what training has seen. With only train
-    and val, val is the held-out test, and validation rows are cut from train: a set that training
-    looks at cannot also be the judge. With train alone, nothing is given. All that is decided for the source
-    and for each batch on its own. A batch never moves an earlier row: its rows join the groups that they
-    belong to, and what would tie two splits together is left out.
+    split is left out, so that what the test measures is not what training has seen. Of a source with only
+    train and val, val is the held-out test, and validation rows are cut from train: a set that training
+    looks at cannot also be the judge. With train alone, nothing is given. A batch gives what it names, and
+    never moves an earlier row: its rows join the groups that they belong to, and what would tie two splits
+    together is left out. What was held out once is not trained on because a batch says so.
 
     Args:
         kept: rows, in the order they came.
@@ -362,10 +380,14 @@ def _in_splits(
     came, group = pd.factorize(kept["batch"])[0], pd.factorize(kept["group"])[0]
     of_batch = kept.groupby("batch")["split"]
     has_test = of_batch.transform(lambda split: (split == "test").any()).astype(bool)
-    given = kept["split"].where(has_test | (kept["split"] != "val"), "test")
+    batch = (kept["batch"] != "").to_numpy()
+    given = kept["split"].where(batch | has_test | (kept["split"] != "val"), "test")
     judged = given.groupby(kept["batch"]).transform(lambda split: (split == "test").any()).to_numpy(bool)
+    judged = judged | (batch & given.notna().to_numpy())
     # A group that came before has a split.
     fixed = judged & (came == pd.Series(came).groupby(group).transform("min").to_numpy())
+    held = kept["id"].map(earlier).map(splits.PROTECTED) > given.map(splits.PROTECTED)
+    fixed &= ~(batch & held.groupby(group).transform("any").to_numpy())
 
     own = np.where(fixed, given, kept["id"].map(earlier))
     rank = np.array([splits.PROTECTED.get(split, -1) for split in own])
@@ -383,9 +405,8 @@ def _in_splits(
     kept = kept.assign(group=duplicates.merge(kept["group"], renumbered[pairs[still]]))
 
     train = kept["split"] == "train"
-    pool = train & ~kept.groupby("batch")["split"].transform(lambda split: (split == "val").any()).astype(
-        bool
-    )
+    source = kept["batch"] == ""
+    pool = train & source & (not kept.loc[source, "split"].eq("val").any())
     if pool.any():
         share = options.splits.val / (options.splits.train + options.splits.val)
         learned = set(kept.loc[train & ~pool, "group"])
