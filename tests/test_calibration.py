@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from headstart.calibration import COLDEST, Decision, decision, temperature, tempered
+from headstart.calibration import Decision, decision, temperature, tempered
 from headstart.errors import HeadstartError
-from headstart.heads import Head
+from headstart.heads import Head, select
 from headstart.metrics import scores
 from headstart.recipe import Decide, Recipe
 
@@ -36,9 +36,37 @@ def test_an_overconfident_model_is_calibrated_without_changing_an_answer() -> No
 
 
 def test_rows_that_are_all_right_do_not_make_a_model_infinitely_sure() -> None:
-    truth = np.arange(20) % 2
-    probabilities = np.where(np.eye(2)[truth] == 1, 0.9, 0.1)
-    assert COLDEST <= temperature(truth, probabilities) < 0.1
+    for classes in (2, 5):
+        truth = np.arange(20) % classes
+        probabilities = np.where(np.eye(classes)[truth] == 1, 0.9, 0.1 / (classes - 1))
+        sure = tempered(probabilities, temperature(truth, probabilities)).max(axis=1)
+        assert sure == pytest.approx(21 / 22, abs=1e-3)  # as sure as 20 rows without a mistake allow
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_few_validation_rows_do_not_make_the_probabilities_of_a_head_worthless(classes: int) -> None:
+    losses = np.array([small(seed, classes) for seed in range(12)])
+    assert (losses[:, 1] < losses[:, 0] + 0.1).all()
+
+
+def small(seed: int, classes: int) -> tuple[float, float]:
+    """Test log-loss of a head of 150 rows, before and after 40 validation rows gave it a temperature."""
+    chance = np.random.default_rng(seed)
+    centres = chance.normal(size=(classes, 30)) * 0.6
+
+    def draw(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        truth = np.arange(n) % classes
+        features = (centres[truth] + chance.normal(size=(n, 30))).astype(np.float32)
+        return features, np.eye(classes)[truth], np.ones(n)
+
+    train, val, test = draw(150), draw(40), draw(2000)
+    head, _, _ = select(train, val, [1e-4, 1e-2, 1.0])
+    heat = temperature(val[1].argmax(axis=1), head.probabilities(val[0]))
+    before, after = (
+        scores(test[1].argmax(axis=1), said.probabilities(test[0]))["log_loss"]
+        for said in (head, head.tempered(heat))
+    )
+    return before, after
 
 
 def test_a_tempered_head_says_what_tempered_probabilities_are() -> None:

@@ -119,6 +119,39 @@ def test_a_model_that_ruins_one_domain_is_refused_by_name() -> None:
     assert any("worst domain site 0" in reason for reason in verdict.reasons)
 
 
+def test_a_domain_may_fall_by_exactly_what_is_allowed() -> None:
+    judged = rows(200, domains=2)  # of 100 rows each: 78 right of what were 80 in one, all of 80 in the other
+    places = np.arange(200) // 2
+    theirs = places < 80
+    ours = np.where(judged.domains == "site 0", places < 78, True)
+    both = answers(judged.truth, ours), answers(judged.truth, theirs)
+    verdict = judge(judged, *both, Promote(no_domain_worse_than=0.02))
+    assert verdict.by_domain["site 0"] < -0.02  # by the last bit
+    assert verdict.promoted, verdict.reasons
+    assert not judge(judged, *both, Promote(no_domain_worse_than=0.01)).promoted
+
+
+def test_a_gain_of_exactly_what_is_asked_for_is_not_more() -> None:
+    judged = rows(2000, per_group=100)
+    places = np.arange(2000) % 100  # the same gain in each group, and so in each resample
+    both = answers(judged.truth, places < 80), answers(judged.truth, places < 78)
+    verdict = judge(judged, *both, Promote(min_gain=0.02))
+    assert verdict.figures["gain_low"] > 0.02  # type: ignore[operator]  # by the last bit
+    assert not verdict.promoted
+    assert judge(judged, *both, Promote(min_gain=0.0199)).promoted
+
+
+def test_a_score_of_exactly_the_floor_is_enough() -> None:
+    truth = np.repeat([0, 1, 2], 100)  # recalls of 0.6, 0.8 and 1, whose mean is 0.7999...
+    right = np.concatenate([np.arange(100) < count for count in (60, 80, 100)])
+    named = np.where(right, truth, (truth + 1) % 3)
+    judged = Judged(truth, np.arange(300), np.full(300, "site"))
+    said = Answers(np.eye(3)[named], named)
+    verdict = judge(judged, said, None, Promote(metric="balanced_accuracy", floor=0.8))
+    assert verdict.figures["candidate"] < 0.8  # type: ignore[operator]
+    assert verdict.promoted, verdict.reasons
+
+
 def test_a_slower_or_larger_model_is_refused_if_the_recipe_says_so() -> None:
     judged = rows()
     ours, theirs = pair(400, only_ours=60, only_theirs=0, both=300)

@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from headstart import models, promotion
+from headstart import models, promotion, trials
 from headstart.errors import HeadstartError
+from headstart.gate import Check, Verdict
+from headstart.layout import Layout
+from tests import cached
 from tests.postgres import postgres
 
 NAME = "moods"
@@ -108,12 +111,38 @@ def test_proof_against_a_champion_that_is_gone_promotes_nobody(registry: str) ->
     assert len(promotion.history(client, NAME)) == 1
 
 
+def test_proof_from_before_a_rollback_neither_promotes_nor_hides_what_was_rolled_back_from(
+    registry: str,
+) -> None:
+    client = promotion.opened()
+    crown(client, "1")
+    crown(client, "2", against="1")
+    promotion.rollback(client, NAME, "it calls everything happy")
+    before = state(client)
+    assert promotion.crown(client, NAME, "2", ["better"], against="1", judged="earlier") is None
+    assert promotion.refuse(client, NAME, "2", ["no"], judged="earlier", against="1", fit=True) is None
+    assert state(client) == before
+    assert promotion.crown(client, NAME, "2", ["the audit wants it"], forced=True)
+    assert promotion.champion_of(client, NAME) == "2"
+
+
+def test_a_version_that_was_forced_while_the_gate_judged_it_is_not_refused_against_itself(
+    registry: str,
+) -> None:
+    client = promotion.opened()
+    crown(client, "1")
+    promotion.crown(client, NAME, "2", ["the boss says so"], forced=True)
+    before = state(client)
+    assert promotion.refuse(client, NAME, "2", ["no better"], judged="a", against="1", fit=True) is None
+    assert state(client) == before
+
+
 def test_a_refused_version_that_is_fit_for_use_is_the_challenger_until_it_is_promoted(registry: str) -> None:
     client = promotion.opened()
     crown(client, "1")
-    promotion.refuse(client, NAME, "2", ["not shown to be better"], judged="a", fit=True)
+    promotion.refuse(client, NAME, "2", ["not shown to be better"], judged="a", against="1", fit=True)
     assert promotion.aliases(client, NAME) == {"champion": "1", "challenger": "2"}
-    promotion.refuse(client, NAME, "3", ["below the floor"], judged="b", fit=False)
+    promotion.refuse(client, NAME, "3", ["below the floor"], judged="b", against="1", fit=False)
     assert promotion.aliases(client, NAME) == {"champion": "1", "challenger": "2"}
     crown(client, "2", against="1")
     assert promotion.aliases(client, NAME) == {"champion": "2", "previous": "1"}
@@ -134,6 +163,19 @@ def test_rollback_restores_the_champions_one_after_the_other(registry: str) -> N
         promotion.rollback(client, NAME, "and this")
 
 
+def test_rollback_again_and_again_never_returns_to_what_it_undid(registry: str) -> None:
+    client = promotion.opened()
+    crown(client, "1")
+    crown(client, "2", against="1")
+    promotion.crown(client, NAME, "1", ["for a demo"], forced=True)
+    promotion.rollback(client, NAME, "the demo is over")
+    assert promotion.aliases(client, NAME) == {"champion": "2", "previous": "1"}
+    promotion.rollback(client, NAME, "it calls everything happy")
+    assert promotion.aliases(client, NAME) == {"champion": "1"}
+    with pytest.raises(HeadstartError, match="no earlier champion to go back to"):
+        promotion.rollback(client, NAME, "and this")
+
+
 def test_a_version_that_was_deleted_is_passed_over_and_blocks_nothing(registry: str) -> None:
     client = promotion.opened()
     for version, against in (("1", None), ("2", "1"), ("3", "2")):
@@ -141,7 +183,7 @@ def test_a_version_that_was_deleted_is_passed_over_and_blocks_nothing(registry: 
     client.delete_model_version(NAME, "1")
     promotion.rollback(client, NAME, "wrong")  # version 1 would be previous now
     assert promotion.aliases(client, NAME) == {"champion": "2"}
-    promotion.refuse(client, NAME, "4", ["no better"], judged="x", fit=True)
+    promotion.refuse(client, NAME, "4", ["no better"], judged="x", against="2", fit=True)
 
     # Of a change that a killed process had begun, with a version that is gone since.
     pending = {"entry": asdict(promotion.history(client, NAME)[-1]), "aliases": {"previous": "3"}}
@@ -155,6 +197,72 @@ def test_a_version_that_was_deleted_is_passed_over_and_blocks_nothing(registry: 
     promotion.carry_through(client, NAME)
     assert promotion.aliases(client, NAME) == {"champion": "2"}
     assert promotion.PENDING not in client.get_registered_model(NAME).tags
+
+
+RECIPE = cached.recipe(register={"name": NAME})
+
+
+def judging(monkeypatch: pytest.MonkeyPatch, *promoted: bool, meanwhile: Callable[[], object] = int) -> None:
+    """Let the gate say these things, one after the other, after something else has happened."""
+    answers = iter(promoted)
+
+    def compare(*asked: object) -> Verdict:
+        meanwhile()
+        check = Check("min_gain", next(answers), "a gain")
+        return Verdict(check.passed, (check,), {}, {})
+
+    monkeypatch.setattr(trials, "compare", compare)
+
+
+def test_a_version_rolled_back_from_while_it_is_judged_is_not_said_to_be_promoted(
+    registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = promotion.opened()
+    crown(client, "1")
+
+    def meanwhile() -> None:
+        crown(client, "2", against="1")
+        promotion.rollback(client, NAME, "it calls everything happy")
+
+    judging(monkeypatch, True, meanwhile=meanwhile)
+    decided = trials.decide(RECIPE, Layout(tmp_path, "case"), "2")
+    assert not decided.new
+    assert str(decided) == "moods version 2 was not promoted, version 1 stays champion"
+    assert promotion.champion_of(client, NAME) == "1"
+
+
+def test_a_version_that_was_forced_while_it_is_judged_is_said_to_be_the_champion(
+    registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = promotion.opened()
+    crown(client, "1")
+    forced = lambda: promotion.crown(client, NAME, "2", ["the boss says so"], forced=True)  # noqa: E731
+    judging(monkeypatch, False, meanwhile=forced)
+    assert str(trials.decide(RECIPE, Layout(tmp_path, "case"), "2")) == "moods version 2 is champion"
+    assert [entry.action for entry in promotion.history(client, NAME)] == ["promoted", "forced"]
+
+
+def test_what_the_gate_said_is_told_with_what_people_decided_since(
+    registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, layout = promotion.opened(), Layout(tmp_path, "case")
+    crown(client, "1")
+    judging(monkeypatch, True, False)
+
+    def told(version: str) -> dict[str, Any]:
+        evidence = trials.decide(RECIPE, layout, version).evidence
+        assert evidence
+        return {key: evidence[key] for key in ("promoted", "against", "action", "before", "champion")}
+
+    said = {"promoted": True, "against": "1", "before": "1"}
+    assert told("2") == said | {"action": "promoted", "champion": "2"}
+    promotion.rollback(client, NAME, "it calls everything happy")
+    assert told("2") == said | {"action": "rolled back", "before": "2", "champion": "1"}
+    said["promoted"] = False
+    assert told("3") == said | {"action": "refused", "champion": "1"}
+    promotion.crown(client, NAME, "2", ["the audit wants it"], forced=True)
+    promotion.crown(client, NAME, "3", ["the boss says so"], forced=True)
+    assert told("3") == said | {"action": "forced", "before": "2", "champion": "3"}
 
 
 def test_a_name_that_the_registry_does_not_know_is_answered_with_the_nearest(registry: str) -> None:
@@ -224,7 +332,7 @@ def killed_at(step: int, before: bool, uri: str, work: Callable[[MlflowClient], 
 
 WORK: dict[str, Callable[[MlflowClient], object]] = {
     "promote": lambda client: promotion.crown(client, NAME, "3", ["better"], against="2", judged="x"),
-    "refuse": lambda client: promotion.refuse(client, NAME, "4", ["no"], judged="x", fit=True),
+    "refuse": lambda client: promotion.refuse(client, NAME, "4", ["no"], judged="x", against="2", fit=True),
     "rollback": lambda client: promotion.rollback(client, NAME, "bad"),
 }
 
@@ -243,7 +351,7 @@ def test_killed_at_any_write_the_same_command_ends_as_if_undisturbed(
         client = opened(start)
         crown(client, "1")
         crown(client, "2", against="1")
-        promotion.refuse(client, NAME, "3", ["not yet"], judged="y", fit=True)
+        promotion.refuse(client, NAME, "3", ["not yet"], judged="y", against="2", fit=True)
 
     assert in_child(prepare) == 0
     states, disturbed = [], 0

@@ -64,6 +64,20 @@ def test_random_folds_flatter_when_groups_resemble_each_other(tmp_path: Path) ->
     assert safe["accuracy"].mean() < 0.75
 
 
+def test_the_rule_that_the_recipe_decides_by_is_chosen_on_the_rows_that_choose(tmp_path: Path) -> None:
+    table = cached.manifest(400)
+    table.loc[(table["label"] == "yes") & (np.arange(400) % 5 > 0), "label"] = "no"  # yes is rare
+    layout = cached.write(tmp_path, table)
+    plain = cross_validate(QUICK, layout, 3)
+    costly = {"l2": [0.1, 1.0], "decide": {"costs": {"yes": {"no": 20.0}}}}
+    found = cross_validate(cached.recipe(train=costly), layout, 3)
+    assert found["accuracy"].mean() < plain["accuracy"].mean() - 0.05  # most are called yes, to be safe
+    assert found["log_loss"].tolist() == plain["log_loss"].tolist()
+    even = {"l2": [0.1, 1.0], "decide": {"metric": "balanced_accuracy"}}
+    balanced = cross_validate(cached.recipe(train=even), layout, 3)["balanced_accuracy"]
+    assert balanced.mean() > plain["balanced_accuracy"].mean() + 0.05
+
+
 def test_the_same_seed_gives_the_same_table(tmp_path: Path) -> None:
     layout = cached.write(tmp_path)
     pd.testing.assert_frame_equal(cross_validate(QUICK, layout, 3), cross_validate(QUICK, layout, 3))

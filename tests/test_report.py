@@ -37,12 +37,19 @@ REFUSED = {
     "by_domain": {"a": 0.02, "b": -0.01},
     "version": "7",
     "against": "4",
+    "action": "refused",
+    "because": ["a gain of +0.010, not shown to be more than 0"],
+    "before": "4",
+    "champion": "4",
 }
 PROMOTED = REFUSED | {
     "promoted": True,
     "checks": [{"rule": "min_gain", "passed": True, "words": "a gain of +0.040, more than 0"}],
     "reasons": ["a gain of +0.040, more than 0"],
+    "action": "promoted",
+    "champion": "7",
 }
+FORCED = REFUSED | {"action": "forced", "because": ["the audit wants it"], "champion": "7"}
 
 
 def through(root: Path, name: str) -> tuple[Recipe, Layout]:
@@ -54,6 +61,14 @@ def through(root: Path, name: str) -> tuple[Recipe, Layout]:
     for stage in stages.STAGES:
         stages.run(stage, recipe, layout)
     return recipe, layout
+
+
+@pytest.mark.parametrize("values", [[0.97, 0.97], [0.97, 0.97 + 1e-12], [0.0], [-3.0, -3.0, -3.0]])
+def test_an_axis_of_equal_values_has_ticks_that_differ(values: list[float]) -> None:
+    axis = report.Axis.around("score", values)
+    assert len({words for _, words in axis.ticks}) == len(axis.ticks) > 2
+    assert 0.2 < axis.share(values[0]) < 0.8
+    assert 0.1 < (axis.high - axis.low) / abs(values[0] or 1) < 3
 
 
 @pytest.fixture(scope="module")
@@ -289,8 +304,38 @@ def test_the_decision_and_its_reasons_are_in_words(
         assert "Not judged yet" in words(page, "#decision")
     with opened(browser, report.write(*changed, PROMOTED).as_uri()) as page:
         assert "Promoted Version 7 is champion now, in place of version 4" in words(page, "#decision")
-    with opened(browser, report.write(*changed, PROMOTED | {"against": None}).as_uri()) as page:
+    first = PROMOTED | {"against": None, "before": None}
+    with opened(browser, report.write(*changed, first).as_uri()) as page:
         assert "is champion now, the first" in words(page, "#decision")
+    with opened(browser, report.write(*changed, FORCED).as_uri()) as page:
+        said = words(page, "#decision")
+        assert "Promoted by force Version 7 is champion now, in place of version 4, by force: the a" in said
+        assert "Why the gate refused it" in said
+
+
+@pytest.mark.parametrize(
+    ("verdict", "told"),
+    [
+        (REFUSED, "Version 7 was not promoted: version 4 stays champion."),
+        (REFUSED | {"champion": "8"}, "Version 7 was not promoted. Version 8 is champion now."),
+        (REFUSED | {"before": None, "champion": None}, "Version 7 was not promoted. There is no champion."),
+        (PROMOTED, "Version 7 is champion now, in place of version 4."),
+        (PROMOTED | {"before": None}, "Version 7 is champion now, the first."),
+        (
+            PROMOTED | {"champion": "8"},
+            "Version 7 became champion, in place of version 4. Version 8 is champion now.",
+        ),
+        (FORCED, "Version 7 is champion now, in place of version 4, by force: the audit wants it."),
+        (
+            PROMOTED
+            | {"action": "rolled back", "before": "7", "champion": "4"}
+            | {"because": ["it calls everything happy", "version 4 is champion again"]},
+            "Version 7 was rolled back from: it calls everything happy. Version 4 is champion now.",
+        ),
+    ],
+)
+def test_the_latest_decision_is_told_and_who_is_champion_now(verdict: dict[str, Any], told: str) -> None:
+    assert report._told(verdict) == told
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from headstart.metrics import Floats, Ints, gains, levels, scores
 from headstart.recipe import Promote
 
 RESAMPLES = 2000  # the 5th percentile is known to a tenth of a deviation
+ROUNDING = 1e-9  # figures that differ by less are equal: in binary 0.78 - 0.80 is below -0.02
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,9 @@ def _score(truth: Ints, answers: Answers, metric: str) -> float | None:
 def _floor(ours: float | None, rules: Promote) -> Check:
     if ours is None:
         return Check("floor", False, f"{rules.metric} is not defined on these rows")
-    side = "at least" if ours >= rules.floor else "below"
-    return Check(
-        "floor", ours >= rules.floor, f"{rules.metric} {ours:.3f}, {side} the floor of {rules.floor:g}"
-    )
+    holds = ours >= rules.floor - ROUNDING
+    side = "at least" if holds else "below"
+    return Check("floor", holds, f"{rules.metric} {ours:.3f}, {side} the floor of {rules.floor:g}")
 
 
 def _gain(
@@ -174,7 +174,7 @@ def _gain(
     )[rules.metric]
     ends = levels(2 * rules.confidence - 1, count)  # one-sided, at each end
     low, high = (float(bound) for bound in np.nanquantile(drawn, ends))
-    shown = low > rules.min_gain
+    shown = low > rules.min_gain + ROUNDING
     words = (
         f"{rules.metric} {figures['candidate']:.3f} against {figures['against']:.3f} of {against}: "
         f"{figures['gain']:+.3f}, with {sure} above {low:+.3f}; "
@@ -212,7 +212,7 @@ def _domains(by_domain: dict[str, float], most: float) -> Check:
     worst = min(by_domain, key=by_domain.__getitem__, default="")
     if not worst:
         return Check("no_domain_worse_than", False, "the metric is not defined in any domain")
-    holds = by_domain[worst] >= -most
+    holds = by_domain[worst] >= -most - ROUNDING
     words = f"worst domain {worst}: {by_domain[worst]:+.3f}, {'within' if holds else 'beyond'} -{most:g}"
     return Check("no_domain_worse_than", holds, words)
 

@@ -124,17 +124,19 @@ def crown(
         forced: a person decided, not the gate.
         judged: digest of what the gate looked at.
         against: the champion that the gate compared with. If another one is champion by now, nothing
-            happens: the proof is about a model that is gone.
+            happens: the proof is about a model that is gone. Nor does anything if the gate, which may have
+            judged before that, would crown a version that was rolled back from.
 
     Returns:
-        The decision; None if another champion than ``against`` reigns, or this one without a decision.
+        The decision; None if another champion than ``against`` reigns, or this one without a decision, or if
+        the version was rolled back from.
     """
     with _turn(client, name) as now:
         before = now.aliases.get(CHAMPION)
+        decided = entries(client.get_model_version(name, version).tags)
         if before == version:
-            decided = entries(client.get_model_version(name, version).tags)
             return decided[-1] if decided else None
-        if not forced and before != against:
+        if not forced and (before != against or _rolled_back(decided)):
             return None
         action: Action = "forced" if forced else "promoted"
         entry = now.entry(action, reasons, version=version, champion=before, judged=judged)
@@ -146,26 +148,36 @@ def crown(
 
 
 def refuse(
-    client: MlflowClient, name: str, version: str, reasons: list[str], *, judged: str, fit: bool
-) -> Entry:
+    client: MlflowClient,
+    name: str,
+    version: str,
+    reasons: list[str],
+    *,
+    judged: str,
+    against: str | None,
+    fit: bool,
+) -> Entry | None:
     """Write down that a version was not promoted; ``fit``: it becomes the challenger.
 
-    What was ``judged`` and refused already is not written down again.
+    What was ``judged`` and refused already is not written down again. As for ``crown``, nothing happens, and
+    None is returned, if another champion than ``against`` reigns, or the version was rolled back from.
     """
     with _turn(client, name) as now:
         decided = entries(client.get_model_version(name, version).tags)
+        champion = now.aliases.get(CHAMPION)
+        if champion != against or _rolled_back(decided):
+            return None
         if decided and (decided[-1].action, decided[-1].judged) == ("refused", judged):
             return decided[-1]
-        champion = now.aliases.get(CHAMPION)
         entry = now.entry("refused", reasons, version=version, champion=champion, judged=judged)
-        _change(client, name, entry, {CHALLENGER: version} if fit and version != champion else {})
+        _change(client, name, entry, {CHALLENGER: version} if fit else {})
         return entry
 
 
 def rollback(client: MlflowClient, name: str, because: str) -> Entry:
     """Make ``previous`` the champion again; the gate will not promote the present one a second time.
 
-    ``previous`` then leads to what was champion before that one.
+    ``previous`` then leads to what was champion before that one, by the last crowning of it that stands.
 
     Raises:
         HeadstartError: there is no champion, or none before it.
@@ -180,18 +192,29 @@ def rollback(client: MlflowClient, name: str, because: str) -> Entry:
                 do=f"`headstart models {name}` lists its versions; `headstart promote` takes any of them",
             )
         undone, restored = now.aliases[CHAMPION], now.aliases[PREVIOUS]
-        reached = [
-            entry
-            for entry in entries(client.get_model_version(name, restored).tags)
-            if entry.action in {"promoted", "forced"}
-        ]
-        before = reached[-1].champion if reached else None
+        standing = _standing(entries(client.get_model_version(name, restored).tags))
+        before = standing[-1].champion if standing else None
         if before not in {str(each.version) for each in versions(client, name)}:
             before = None  # somebody has deleted it since
         reasons = [because, f"version {restored} is champion again"]
         entry = now.entry("rolled back", reasons, version=undone, champion=undone)
         _change(client, name, entry, {CHAMPION: restored, PREVIOUS: before})
         return entry
+
+
+def _rolled_back(decided: list[Entry]) -> bool:
+    return bool(decided) and decided[-1].action == "rolled back"
+
+
+def _standing(decided: list[Entry]) -> list[Entry]:
+    """The crownings of a version that no rollback has undone: each undoes the last that stands."""
+    found: list[Entry] = []
+    for entry in decided:
+        if entry.action in {"promoted", "forced"}:
+            found.append(entry)
+        elif entry.action == "rolled back":
+            del found[-1:]
+    return found
 
 
 def carry_through(client: MlflowClient, name: str) -> None:

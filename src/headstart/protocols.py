@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from headstart import splits
+from headstart.calibration import decision
 from headstart.domains import adapted
 from headstart.errors import HeadstartError
 from headstart.examples import Examples, Rows, load
@@ -34,7 +35,7 @@ def cross_validate(
     """Build the recipe's model once per fold, as the stage ``train`` would, and score the fold it never saw.
 
     The folds keep groups whole and are balanced over label and domain; so is the part of the training
-    folds that chooses the penalty. The manifest's own splits play no part.
+    folds that chooses the penalty and the rule of ``train.decide``. The manifest's own splits play no part.
 
     Args:
         recipe: its ``train`` block says how to build the model.
@@ -70,7 +71,11 @@ def cross_validate(
         model = fit(recipe.training(seed=recipe.train.seed + seed), layout, examples, fitted, choosing)
         if model is None:
             continue  # one of several processes; the first of them reports
-        found = scores(examples.truth[held_out], model.probabilities(held_out))
+        rule = decision(
+            examples.truth[choosing], model.probabilities(choosing), examples.classes, recipe.train.decide
+        )
+        probabilities = model.probabilities(held_out)
+        found = scores(examples.truth[held_out], probabilities, named=rule.named(probabilities))
         lines.append(
             {
                 "seed": seed,

@@ -13,6 +13,7 @@ import re
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 BATCH = 1000  # metrics per request: the most that MLflow takes
+LONGEST = 100  # characters of a part of a metric's or parameter's name: MLflow takes 250 of the whole
 # What the served model imports, besides the library of its backbone.
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "torch", "tqdm")
 BACKBONE_REQUIREMENTS = {
@@ -140,7 +142,9 @@ def _log_run(recipe: Recipe, layout: Layout, model: dict[str, Any], digest: str,
     metrics = json.loads((layout.evidence / "metrics.json").read_text(encoding="utf-8"))
     tags = lineage(layout, model) | {"headstart.digest": digest, "headstart.reason": reason}
     # The tags come with the run and with the version: what lacks them was cut short before it was anything.
-    with mlflow.start_run(run_name=f"{recipe.train.method} {digest[:8]}", tags=tags) as run:
+    # The batches' names are the version's alone: a run's tag holds 8,000 characters, and batches only grow.
+    of_run = {name: said for name, said in tags.items() if name != promotion.BATCHES}
+    with mlflow.start_run(run_name=f"{recipe.train.method} {digest[:8]}", tags=of_run) as run:
         choices = _flat(recipe.model_dump(mode="json", by_alias=True))
         mlflow.log_params({key: sources.redacted(str(value)) for key, value in choices.items()})
         mlflow.log_metrics({name: value for name, value in _flat(metrics).items() if value is not None})
@@ -261,12 +265,19 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``, with names that MLflow accepts."""
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``, with names that MLflow accepts.
+
+    A key that is too long, or that would fall on the name of another, carries a digest of itself.
+    """
+    plain = {key: re.sub(r"[^\w\-. ]", "_", key) for key in tree}
+    times = Counter(plain.values())
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        name = prefix + re.sub(r"[^\w\-. /]", "_", str(key))
+        name = plain[key]
+        if len(name) > LONGEST or (name != key and times[name] > 1):
+            name = f"{name[: LONGEST - 9]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
         if isinstance(value, dict):
-            flat |= _flat(value, f"{name}.")
+            flat |= _flat(value, f"{prefix}{name}.")
         else:
-            flat[name] = value
+            flat[prefix + name] = value
     return flat

@@ -66,6 +66,12 @@ DECIDED = {
     "No other figure of the table had a say, and only information_maximisation, consensus, self_training "
     "and source_only could be chosen.",
 }
+ACTIONS = {
+    "promoted": ("yes", "✓", "Promoted"),
+    "refused": ("no", "✕", "Refused"),
+    "forced": ("yes", "✓", "Promoted by force"),
+    "rolled back": ("no", "✕", "Rolled back"),
+}
 RULES = {
     "floor": "good enough at all",
     "min_gain": "shown to be better",
@@ -84,8 +90,9 @@ def write(recipe: Recipe, layout: Layout, verdict: dict[str, Any] | None = None)
     Args:
         recipe: of the model.
         layout: where its outputs lie.
-        verdict: ``gate.Verdict.to_dict()`` with ``version`` and ``against``, the champion's version or None;
-            None before the gate.
+        verdict: what ``trials.Decided.evidence`` says: ``gate.Verdict.to_dict()`` with ``version`` and
+            ``against``, the champion's version or None, and of the latest decision ``action``, ``because``
+            (reasons), ``before`` (the champion then) and ``champion`` (now); None before the gate.
 
     Raises:
         HeadstartError: a stage's output is missing, or the data are.
@@ -248,6 +255,9 @@ class Axis:
         low, high = min(values := list(values)), max(values)
         if log:
             return cls(title, 10.0 ** np.floor(np.log10(low)), 10.0 ** np.ceil(np.log10(high)), True)
+        if high - low <= 1e-8 * max(abs(low), abs(high)):  # as far as the ticks tell, all are one value
+            around = abs(high) / 10 or 1.0
+            low, high = low - around, high + around
         ticks = MaxNLocator(5, steps=STEPS).tick_values(low, high)
         return cls(title, float(ticks[0]), float(ticks[-1]))
 
@@ -357,7 +367,27 @@ def _decision(verdict: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
         axis = Axis.around("gain", [low, high, 0.0, recipe.promote.min_gain])
     checks = [each | {"title": RULES.get(each["rule"], each["rule"])} for each in verdict["checks"]]
     metric = evaluation.TITLES[recipe.promote.metric]
-    return verdict | {"checks": checks, "axis": axis, "metric": metric, "low": low, "high": high}
+    said = {"look": ACTIONS[verdict["action"]], "told": _told(verdict)}
+    return verdict | said | {"checks": checks, "axis": axis, "metric": metric, "low": low, "high": high}
+
+
+def _told(verdict: dict[str, Any]) -> str:
+    """The latest decision in a sentence, and who is champion now where that does not say it."""
+    action, before, champion = (verdict[key] for key in ("action", "before", "champion"))
+    version, because = f"Version {verdict['version']}", verdict["because"]
+    reigns = champion == verdict["version"]
+    now = "There is no champion." if champion is None else f"Version {champion} is champion now."
+    if action == "refused":
+        if champion is None or champion != before:
+            return f"{version} was not promoted. {now}"
+        return f"{version} was not promoted: version {champion} stays champion."
+    if action == "rolled back":
+        return f"{version} was rolled back from: {because[0]}. {now}"
+    place = "the first" if before is None else f"in place of version {before}"
+    forced = f", by force: {'; '.join(because)}" if action == "forced" else ""
+    if reigns:
+        return f"{version} is champion now, {place}{forced}."
+    return f"{version} became champion, {place}{forced}. {now}"
 
 
 def _confusion(said: _Said) -> dict[str, Any]:

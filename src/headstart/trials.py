@@ -43,13 +43,21 @@ class Decided:
     verdict: Verdict | None  # None if there was nothing to judge by
     champion: str | None  # now
     new: bool  # whether it was decided just now
+    judged: Entry | None = None  # the gate's own latest decision, which a person may have overruled
 
     @property
     def evidence(self) -> dict[str, Any] | None:
-        """The verdict as ``report`` reads it."""
-        if self.verdict is None or self.entry is None:
+        """The verdict as ``report`` reads it, with the latest decision."""
+        if self.verdict is None or self.entry is None or self.judged is None:
             return None
-        return self.verdict.to_dict() | {"version": self.version, "against": self.entry.champion}
+        return self.verdict.to_dict() | {
+            "version": self.version,
+            "against": self.judged.champion,
+            "action": self.entry.action,
+            "because": self.entry.reasons,
+            "before": self.entry.champion,
+            "champion": self.champion,
+        }
 
     def __str__(self) -> str:
         if self.champion == self.version:
@@ -96,24 +104,25 @@ def decide(recipe: Recipe, layout: Layout, version: str | None = None) -> Decide
         known = decided and (decided[-1].judged == key or decided[-1].action == "rolled back")
         if chosen == champion or known:
             last = decided[-1] if decided else None
-            return Decided(name, chosen, last, verdict_of(tags), champion, new=False)
+            return Decided(name, chosen, last, verdict_of(tags), champion, False, _judged(decided))
         verdict = compare(recipe, layout, chosen, champion)  # what fails here has words of its own
         with asking():
             if verdict is None:
                 where = recipe.validate_.target_domain
-                reasons = [f"no label of {where} is known, so nothing can be shown"]
-                entry = promotion.refuse(client, name, chosen, reasons, judged=key, fit=False)
-                return Decided(name, chosen, entry, None, champion, new=True)
-            said = json.dumps(verdict.to_dict())
-            client.set_model_version_tag(name, chosen, promotion.VERDICT, said)
-            if not verdict.promoted:
+                reasons, fit = [f"no label of {where} is known, so nothing can be shown"], False
+            else:
+                said = json.dumps(verdict.to_dict())
+                client.set_model_version_tag(name, chosen, promotion.VERDICT, said)
                 others = (check for check in verdict.checks if check.rule not in {"min_gain", "mcnemar"})
-                fit = all(check.passed for check in others)
-                entry = promotion.refuse(client, name, chosen, verdict.reasons, judged=key, fit=fit)
-                return Decided(name, chosen, entry, verdict, champion, new=True)
-            crowned = promotion.crown(client, name, chosen, verdict.reasons, judged=key, against=champion)
-        if crowned:
-            return Decided(name, chosen, crowned, verdict, chosen, new=True)
+                reasons, fit = verdict.reasons, all(check.passed for check in others)
+            promoted = verdict is not None and verdict.promoted
+            if promoted:
+                entry = promotion.crown(client, name, chosen, reasons, judged=key, against=champion)
+            else:
+                entry = promotion.refuse(client, name, chosen, reasons, judged=key, against=champion, fit=fit)
+        if entry:  # or somebody else has decided meanwhile
+            reigns = chosen if promoted else champion
+            return Decided(name, chosen, entry, verdict, reigns, True, _judged([*decided, entry]))
     raise HeadstartError(
         f"the champion of {name} changed {TRIES} times while this was being judged",
         do="run the same command again",
@@ -127,8 +136,8 @@ def decided_about(recipe: Recipe, digest: str) -> Decided | None:
     for version in promotion.versions(client, name):
         if version.tags.get("headstart.digest") == digest and (decided := promotion.entries(version.tags)):
             champion = promotion.champion_of(client, name)
-            verdict = verdict_of(version.tags)
-            return Decided(name, str(version.version), decided[-1], verdict, champion, new=False)
+            verdict, judged = verdict_of(version.tags), _judged(decided)
+            return Decided(name, str(version.version), decided[-1], verdict, champion, False, judged)
     return None
 
 
@@ -153,6 +162,11 @@ def compare(recipe: Recipe, layout: Layout, version: str, champion: str | None) 
         rows["domain"].to_numpy(str),
     )
     return gate.judge(judged, answers[0], answers[1] if champion is not None else None, recipe.promote)
+
+
+def _judged(decided: list[Entry]) -> Entry | None:
+    """The latest decision of the gate among these."""
+    return next((entry for entry in reversed(decided) if entry.action in {"promoted", "refused"}), None)
 
 
 def verdict_of(tags: dict[str, str]) -> Verdict | None:
