@@ -82,6 +82,48 @@ def test_values_that_nothing_could_be_made_of_are_refused(tmp_path: Path) -> Non
     assert "validate.classes: one of them is named twice; got ['a', 'b', 'a']" in text
 
 
+def test_choices_that_only_a_target_domain_gives_a_meaning_are_refused_without_one(tmp_path: Path) -> None:
+    for key in ("source_domains: [movies]", "target_labels: 50"):
+        text = mistakes(tmp_path, GOOD.replace("adapter: vader", f"adapter: vader\n  {key}"))
+        assert "source_domains, target_labels: only with a `target_domain`" in text
+
+
+def test_pixels_are_of_0_to_1(tmp_path: Path) -> None:
+    given = "mean: [0.5, 0.5, 0.5]"
+    assert given in TUNED_IMAGES
+    text = mistakes(tmp_path, TUNED_IMAGES.replace(given, "mean: [123.675, 116.28, 103.53]"))
+    assert "fetch.mean: of pixels in 0..1; divide what is of 0..255 by 255; got [123.675" in text
+    text = mistakes(tmp_path, TUNED_IMAGES.replace(given, "mean: [-0.1, 0.5, 0.5]"))
+    assert "fetch.mean.0: input should be greater than or equal to 0" in text
+    text = mistakes(tmp_path, TUNED_IMAGES.replace("std: [0.5, 0.5, 0.5]", "std: [0.5, 0, 0.5]"))
+    assert "fetch.std.1: input should be greater than 0; got 0" in text
+
+
+@pytest.mark.parametrize("name", ["shop/moods", "moods:1", "", " ", "."])
+def test_a_model_name_that_the_registry_would_refuse_after_training_is_refused_first(
+    name: str, tmp_path: Path
+) -> None:
+    assert "register.name: string should match" in mistakes(tmp_path, f"{GOOD}\nregister: {{name: '{name}'}}")
+
+
+@pytest.mark.parametrize("cost", ["-1", ".inf", ".nan"])
+def test_a_cost_is_a_number_of_at_least_0(cost: str, tmp_path: Path) -> None:
+    decide = f"decide: {{costs: {{negative: {{positive: {cost}}}}}}}"
+    text = mistakes(tmp_path, GOOD.replace("feature_extraction", f"feature_extraction\n  {decide}"))
+    assert "train.decide.costs.negative.positive: input should be" in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ("head_first: false\n  frozen_below: 50", "frozen_below: with `head_first: false`"),
+        ("choose_by: last\n  patience: 2", "patience: with `choose_by: last`"),
+    ],
+)
+def test_choices_that_contradict_each_other_are_refused(keys: str, words: str, tmp_path: Path) -> None:
+    assert words in mistakes(tmp_path, tuned(keys, TUNED_TEXTS))
+
+
 def test_splits_that_do_not_sum_to_one_are_refused(tmp_path: Path) -> None:
     text = GOOD.replace("adapter: vader", "adapter: vader\n  splits: {train: 0.9, val: 0.2, test: 0.2}")
     assert "sum to 1.3, not 1" in mistakes(tmp_path, text)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,16 @@ def test_quotation_marks_in_a_tsv_may_be_marks_only(texts: Version, tmp_path: Pa
     assert rows["error"].isna().all()
 
 
+def test_no_row_of_a_tsv_is_lost_between_two_quotation_marks(texts: Version, tmp_path: Path) -> None:
+    lines = ["text\tkey", '"a bore\t1', "a delight\t2", 'he said "dull"\t3', '"he said ""dull"""\t4']
+    (tmp_path / "rows.tsv").write_text("\n".join(lines) + "\n")
+    expected = ['"a bore', "a delight", 'he said "dull"', 'he said "dull"']
+    options = Validate.model_validate({"adapter": "table", "columns": {"label": "key"}})
+    assert adapters.read(tmp_path, options)["text"].tolist() == expected
+    rows = predicted(texts, "rows.tsv")
+    assert rows[["text", "key"]].to_dict("list") == {"text": expected, "key": ["1", "2", "3", "4"]}
+
+
 def test_a_line_of_json_may_be_longer_than_what_is_read_at_a_time(texts: Version, tmp_path: Path) -> None:
     lines = [{"text": "a delight", "notes": "x" * size} for size in (5, 3 * scoring.BLOCK, 7)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -165,6 +176,34 @@ def test_what_a_column_of_json_lines_holds_may_show_late(
     assert source.rows == count + 1
 
 
+@pytest.mark.parametrize(
+    ("values", "written"),
+    [
+        (["18446744073709551617", "18446744073709551618", "7"], ...),
+        (["9007199254740993", "9007199254740992", "0.50"], ...),
+        (['{"a": 9007199254740993, "b": 0.5}', '{"a": null, "b": 1}', '{"a": 0.50}'], [
+            {"a": "9007199254740993", "b": 0.5}, {"a": None, "b": 1.0}, {"a": "0.50", "b": None}
+        ]),
+        (["[0.5, 9007199254740993]", "null", "[]"], [["0.5", "9007199254740993"], None, []]),
+        (["9007199254740993", "9007199254740992", "7"], [9007199254740993, 9007199254740992, 7]),
+        (["9007199254740992.5", "0.12345678901234567", "1"], [9007199254740992.5, 0.12345678901234567, 1.0]),
+    ],
+    ids=["of 65 bits", "beside fractions", "in objects", "in lists", "beside none", "fractions alone"],
+)  # fmt: skip
+@pytest.mark.parametrize("late", [False, True])
+def test_whole_numbers_of_json_lines_are_never_rounded(
+    values: list[str], written: Any, late: bool, texts: Version, tmp_path: Path
+) -> None:
+    long = "x" * scoring.BLOCK if late else ""  # each in what is read at a time, or all together
+    lines = [f'{{"text": "a \\"delight\\" {long}", "id": {value}, "n": {1.5}}}' for value in values]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    (source,) = scoring.opened(["rows.jsonl"], "small", "text")
+    found = [row for chunk in source.chunks(100) for row in chunk.rows.to_pylist()]
+    assert [row["id"] for row in found] == (values if written is ... else written)
+    assert {row["text"] for row in found} == {f'a "delight" {long}'}
+    assert {row["n"] for row in found} == {1.5}
+
+
 def test_lines_of_a_text_file_are_texts(texts: Version, tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/one.txt").write_text("\ufeffa delight\r\na bore, truly\n", encoding="utf-8")
@@ -181,6 +220,8 @@ def test_folders_patterns_and_tables_of_images_give_the_same_answers(
     of_folder, of_pattern = predicted(images, folder), predicted(images, f"{folder}/**/*.png")
     assert of_folder["path"].tolist() == of_pattern["path"].tolist() == list(map(str, pictures))
     assert of_folder["label"].tolist() == of_pattern["label"].tolist() == expected
+    of_folders = predicted(images, f"{folder.parent}/./images/**")  # the folders as well as what is in them
+    assert of_folders["path"].tolist() == of_folder["path"].tolist()
     names = [path.relative_to(folder).as_posix() for path in pictures]
     pd.DataFrame({"path": names}).to_csv(folder / "list.csv", index=False)
     try:
@@ -248,6 +289,21 @@ def test_a_row_of_a_csv_with_cells_too_many_is_not_guessed_at(texts: Version, tm
     assert rows["label"].tolist()[::2] == texts.model(["a delight", "bright"]).labels
 
 
+def test_a_text_of_parquet_that_is_not_utf_8_is_a_fault_of_its_row(texts: Version, tmp_path: Path) -> None:
+    broken = pa.array([b"bright", b"caf\xe9", b"dull"], pa.binary()).view(pa.string())
+    sound = pa.array(["bright", "grim", "dull"])
+    expected = texts.model(["bright", "dull"]).labels
+    nested = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), broken)
+    for named in ({"text": broken}, {"text": sound, "notes": broken}, {"text": sound, "notes": nested}):
+        pq.write_table(pa.table(named), "rows.parquet")
+        for suffix, read in READERS.items():
+            scoring.score(texts, ["rows.parquet"], tmp_path / f"answers{suffix}")
+            rows = read(tmp_path / f"answers{suffix}")
+            said = f"the text in {list(named)[-1]} is not UTF-8"
+            assert rows["error"].fillna("").tolist() == ["", said, ""]
+            assert rows["label"].tolist()[::2] == expected
+
+
 def test_a_chunk_without_a_single_good_row_is_answered_too(images: Version, texts: Version) -> None:
     pd.DataFrame({"path": ["gone.png", None]}).to_parquet("paths.parquet")
     assert predicted(images, "paths.parquet")["error"].notna().all()
@@ -263,6 +319,32 @@ def test_a_column_named_like_an_answer_is_kept_under_another_name(texts: Version
     twice = predicted(texts, "rows.parquet")
     assert twice["given:label"].tolist() == ["x", "y"]
     assert twice["given:given:label"].tolist() == once["label"].tolist() == twice["label"].tolist()
+
+
+def test_columns_without_a_name_of_their_own_are_told_apart(texts: Version, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,note,,note,,column 3\na delight,1,2,3,4,5\n")
+    rows = predicted(texts, "rows.csv")
+    assert list(rows) == ["text", "note", "column 3 3", "note 4", "column 5", "column 3", *ANSWERS]
+    assert rows.iloc[0, 1:6].tolist() == ["1", "2", "3", "4", "5"]
+    rows = predicted(texts, "rows.csv", column="note 4")
+    assert rows["label"].tolist() == texts.model(["3"]).labels
+    with pytest.raises(HeadstartError, match="several columns note"):
+        predicted(texts, "rows.csv", column="note")
+
+
+def test_a_csv_quotes_every_kind_of_line_end_and_no_more(
+    texts: Version, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["old\rMac", "DOS\r\n", "Unix\n", 'a "mark"', "comma, so", "plain"]
+    pq.write_table(pa.table({"text": given}), "rows.parquet")
+    scoring.score(texts, ["rows.parquet"], tmp_path / "answers.csv")
+    scoring.score(texts, ["rows.parquet"])
+    with (tmp_path / "answers.csv").open(encoding="utf-8", newline="") as file:
+        written = file.read()
+    assert written == capsys.readouterr().out
+    assert [row[0] for row in csv.reader(written.splitlines(keepends=True))] == ["text", *given]
+    assert written.startswith('text,label,p:good,p:bad,error\n"old\rMac",')
+    assert "\nplain," in written and '\n"comma, so",' in written
 
 
 def test_json_lines_are_json_whatever_the_other_columns_hold(texts: Version, tmp_path: Path) -> None:
@@ -351,6 +433,75 @@ def test_lines_that_may_not_be_read_are_not_taken_for_an_output_that_cannot_be_w
     assert caught.value.where == "notes.txt"
     assert "Permission denied" in str(caught.value)
     assert sorted(tmp_path.iterdir()) == [tmp_path / "notes.txt"]
+
+
+@pytest.mark.parametrize("given", ["photos", "photos/hidden/list.csv"])
+def test_a_folder_that_may_not_be_read_is_one_clear_error(
+    given: str, images: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos/hidden").mkdir(parents=True)
+    real = {name: getattr(Path, name) for name in ("iterdir", "exists")}
+
+    def refuse(name: str) -> Callable[[Path], Any]:  # who runs the tests may be allowed everything
+        def called(path: Path) -> Any:
+            if "hidden" in {path.name, path.parent.name}:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real[name](path)
+
+        return called
+
+    for name in real:
+        monkeypatch.setattr(Path, name, refuse(name))
+    with pytest.raises(HeadstartError, match="cannot be read") as caught:
+        predicted(images, given)
+    assert "Permission denied" in str(caught.value)
+    assert caught.value.where in {"photos/hidden", "photos/hidden/list.csv"}
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [("folder.csv", "the output is a folder"), ("rows.csv/answers.csv", "the output lies below a file")],
+)
+def test_an_output_that_cannot_be_a_file_is_refused_before_anything_is_predicted(
+    output: str, words: str, texts: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.csv").write_text("text\na delight\n")
+    (tmp_path / "folder.csv").mkdir()
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(scoring, "scored", None)
+    with pytest.raises(HeadstartError, match=words):
+        scoring.score(texts, ["rows.csv"], Path(output))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_objects_without_a_key_are_refused_for_parquet_alone(texts: Version, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a delight", "m": {}}\n')
+    with pytest.raises(HeadstartError, match="Parquet cannot hold these columns") as caught:
+        predicted(texts, "rows.jsonl")
+    assert "'m'" in str(caught.value)
+    assert list(tmp_path.iterdir()) == [tmp_path / "rows.jsonl"]
+    scoring.score(texts, ["rows.jsonl"], tmp_path / "answers.jsonl")
+    assert json.loads((tmp_path / "answers.jsonl").read_text())["m"] == {}
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_of_two_runs_with_one_output_the_second_is_refused_and_the_first_is_whole(
+    suffix: str, texts: Version, tmp_path: Path
+) -> None:
+    output, pipe = tmp_path / f"answers{suffix}", tmp_path / "pipe.txt"
+    os.mkfifo(pipe)
+    (tmp_path / "rows.csv").write_text("text\na bore\n")
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(scoring.score, texts, [str(pipe)], output)
+        with pipe.open("w") as lines:  # which the first run has opened by then, and its output before it
+            with pytest.raises(HeadstartError, match="another run is writing this file"):
+                scoring.score(texts, ["rows.csv"], output)
+            lines.write("a delight\n" * 3)
+        assert first.result().rows == 3
+    assert READERS[suffix](output)["text"].tolist() == ["a delight"] * 3
+    scoring.score(texts, ["rows.csv"], output)
+    assert READERS[suffix](output)["text"].tolist() == ["a bore"]
+    assert sorted(tmp_path.iterdir()) == sorted([output, pipe, tmp_path / "rows.csv"])
 
 
 def test_an_output_of_unknown_kind_is_refused(texts: Version, tmp_path: Path) -> None:

@@ -501,6 +501,42 @@ def test_the_page_says_in_words_what_is_wrong_with_an_image(
 
 
 @slow
+def test_the_map_of_an_earlier_image_is_never_laid_over_another(
+    browser: Browser, images: Server, pictures: list[Path]
+) -> None:
+    context = browser.new_context()  # the failed request is an error to the browser's console
+    page = context.new_page()
+    page.goto(images.url)
+    page.wait_for_selector("#drop", state="visible")
+    choose(page, pictures[0])
+    page.wait_for_selector("#map", state="visible")
+    page.route("**/explain", lambda route: route.abort())
+    choose(page, pictures[1])
+    page.wait_for_selector("#alarm:has-text('does not answer')")
+    page.get_by_label("Show what speaks for the label").uncheck()
+    page.get_by_label("Show what speaks for the label").check()
+    assert page.locator("#shown").is_visible()
+    assert not page.locator("#map").is_visible()
+    context.close()
+
+
+@slow
+def test_an_image_that_is_too_large_ends_the_wait_for_the_one_before(
+    browser: Browser, images: Server, pictures: list[Path], tmp_path: Path
+) -> None:
+    large = tmp_path / "large.png"
+    large.write_bytes(b"x" * serving.MOST_BYTES)
+    with opened(browser, images.url) as page:
+        page.wait_for_selector("#drop", state="visible")
+        page.route("**/explain", lambda route: None)  # which is never answered
+        choose(page, pictures[0])
+        page.wait_for_selector("#answer.busy[aria-busy]")
+        choose(page, large)
+        page.wait_for_selector("#alarm:has-text('too much for this server')")
+        assert page.locator("#answer.busy, #answer[aria-busy]").count() == 0
+
+
+@slow
 def test_the_page_says_that_the_server_is_gone(browser: Browser, project: Project) -> None:
     with serve(project, "moods") as server:
         page = browser.new_page()

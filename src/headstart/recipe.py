@@ -119,6 +119,12 @@ class Validate(Block):
             raise ValueError("one of them is named twice")
         return classes
 
+    @model_validator(mode="after")
+    def _of_a_target(self) -> Validate:
+        if self.target_domain is None and (self.source_domains or self.target_labels):
+            raise ValueError("source_domains, target_labels: only with a `target_domain`")
+        return self
+
 
 class Fetch(Block):
     """Which pretrained backbone, and where its weights come from."""
@@ -131,10 +137,18 @@ class Fetch(Block):
     """Digest of the downloaded file."""
     licence: str | None = None
     """Licence of the weights, carried into the model's own files."""
-    mean: list[float] | None = Field(default=None, min_length=3, max_length=3)
+    mean: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(default=None, min_length=3, max_length=3)
     """Channel means of the pixels in 0..1, where they differ from the architecture's own."""
-    std: list[float] | None = Field(default=None, min_length=3, max_length=3)
+    std: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(default=None, min_length=3, max_length=3)
     """Channel standard deviations, likewise."""
+
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _of_pixels_up_to_1(cls, values: Any) -> Any:
+        numbers = values if isinstance(values, list) else []
+        if any(isinstance(value, int | float) and value > 1 for value in numbers):
+            raise ValueError("of pixels in 0..1; divide what is of 0..255 by 255")
+        return values
 
 
 class Features(Block):
@@ -211,7 +225,7 @@ class Decide(Block):
 
     metric: Literal["accuracy", "balanced_accuracy", "macro_f1"] | None = None
     """Move the threshold to where this is best on the validation rows."""
-    costs: dict[str, dict[str, float]] | None = None
+    costs: dict[str, dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]] | None = None
     """What a mistake costs: by true class, then by the class named. A mistake that is not listed costs 1; the
     class that is expected to cost least is named."""
     abstain: float | None = Field(default=None, gt=0, lt=1)
@@ -291,7 +305,7 @@ class Train(Block):
     warmup: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps in which learning rates rise from nothing."""
     clip: float | None = Field(default=1.0, gt=0)
-    """Longest gradient; a longer one is shortened to it."""
+    """Longest gradient; a longer one is shortened to it; null for any length."""
     freeze: str | None = None
     """Keep the backbone as it is up to this layer, and with it."""
     gradual: bool = False
@@ -310,7 +324,8 @@ class Train(Block):
     mixup: float = Field(default=0.0, ge=0)
     """Blend pairs of pictures and of labels, in a proportion drawn from Beta(this, this); 0 blends none."""
     ema: float | None = Field(default=0.98, gt=0, lt=1)
-    """Judge and keep a running mean of the weights, of which each step keeps this share."""
+    """Judge and keep a running mean of the weights, of which each step keeps this share; null for the weights
+    themselves."""
     augment: Augment = Augment()
     """What may happen to a picture."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -330,6 +345,10 @@ class Train(Block):
             raise ValueError("source_free: only with `method: domain_adaptation`")
         if self.decide.metric and self.method == "domain_adaptation":
             raise ValueError("decide.metric: the validation rows are not of the target domain")
+        if self.frozen_below and not self.head_first:
+            raise ValueError("frozen_below: with `head_first: false` there is no head to keep")
+        if self.patience and self.choose_by == "last":
+            raise ValueError("patience: with `choose_by: last` no epoch is better than the last")
         of_all = {"method", "seed", "class_weight", "l2", "decide", "adaptation", "tune", "source_free"}
         alien = self.model_fields_set - of_all
         if alien and not self.trains_backbone:
@@ -361,8 +380,8 @@ class Evaluate(Block):
 class Register(Block):
     """What the registry calls the model."""
 
-    name: str | None = None
-    """Registered model name; by default the recipe's own name."""
+    name: str | None = Field(default=None, pattern=r"^[^/:]*[^/:.\s][^/:]*$")
+    """Registered model name, without ``/`` and ``:``; by default the recipe's own name."""
 
 
 class Promote(Block):

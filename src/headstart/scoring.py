@@ -10,9 +10,12 @@ from __future__ import annotations
 import base64
 import codecs
 import csv
+import fcntl
 import glob
 import json
 import math
+import os
+import re
 import sys
 import time
 from collections import Counter, deque
@@ -21,12 +24,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 
 from headstart import mojibake
-from headstart.adapters import IMAGE_SUFFIXES, TABLE_SUFFIXES, separator
+from headstart.adapters import IMAGE_SUFFIXES, TABLE_SUFFIXES, a_row_a_line, separator, unquoted
 from headstart.errors import HeadstartError
 from headstart.layout import unwritable_named
 from headstart.models import NO_LABEL, Model, Version, arithmetic_here
@@ -46,6 +49,9 @@ COLUMNS = {"image": ("image", "path"), "text": ("text",)}  # that hold the items
 CHUNK = {"image": 256, "text": 4096}
 BLOCK = 1 << 20  # characters of JSON lines that are parsed together, or more where one line has more
 GIVEN = "given:"  # before the name of a column that has the name of an answer
+EXACT = 2**53  # up to here a fraction, 64 bits long, holds every whole number
+LONG = re.compile(r"(?<![\d.])\d{16,}(?![\d.eE])", re.ASCII)  # in JSON, a whole number that may be larger
+SOMETHING = re.compile(r"\S")
 Write = Callable[["pa.RecordBatch"], None]
 
 
@@ -118,8 +124,8 @@ def score(
 
     Raises:
         HeadstartError: nothing to read, or of another kind than the model reads; a column that is not there;
-            a damaged table; tables of different columns; an output of an unknown kind or one that cannot be
-            written.
+            a damaged table; tables of different columns; an output of an unknown kind, one that cannot be
+            written or one that another run is writing.
     """
     from headstart import devices
 
@@ -314,8 +320,9 @@ def _matching(given: str, name: str, modality: str) -> Iterator[str]:
     if given == STDIN:
         yield given
         return
-    matches = [given] if Path(given).exists() else sorted(glob.glob(given, recursive=True))  # noqa: PTH207
-    none = True
+    with _named(given, "the input"):
+        matches = [given] if Path(given).exists() else sorted(glob.glob(given, recursive=True))  # noqa: PTH207
+    seen: set[str] = set()  # `photos/**` matches the folders as well as what is in them
     for match in matches:
         if Path(match).is_dir():
             # Of a folder of images a table in it tells something else, such as their labels.
@@ -330,9 +337,10 @@ def _matching(given: str, name: str, modality: str) -> Iterator[str]:
                 do=f"give it files that end in {_listed(readable)}",
             )
         for file in files:
-            none = False
-            yield file
-    if none:
+            if (path := str(Path(file))) not in seen:
+                seen.add(path)
+                yield file
+    if not seen:
         raise HeadstartError(
             f"no {modality}s are found here" if matches else "no file matches",
             where=given,
@@ -342,13 +350,14 @@ def _matching(given: str, name: str, modality: str) -> Iterator[str]:
 
 def _inside(folder: Path, suffixes: Sequence[str]) -> Iterator[str]:
     """Files of these kinds in a folder and the folders in it, hidden ones aside, in order."""
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _inside(path, suffixes)
-        elif path.suffix.lower() in suffixes:
-            yield str(path)
+    with _named(str(folder), "the folder"):
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if path.is_dir():
+                yield from _inside(path, suffixes)
+            elif path.suffix.lower() in suffixes:
+                yield str(path)
 
 
 def _loose(files: list[str]) -> Source:
@@ -407,17 +416,19 @@ def _table(path: Path, modality: str, column: str | None) -> Source:
             schema, read, rows = _json_lines(path)
         else:
             schema, read, rows = _separated(path, wanted)
-    if twice := [name for name, count in Counter(schema.names).items() if count > 1]:
-        raise HeadstartError(
-            f"the table has several columns {twice[0]}", where=str(path), do="give each a name of its own"
-        )
-    item = next((name for name in wanted if name in schema.names), None)
+    given, names = schema.names, _told_apart(schema.names)
+    schema = pa.schema([field.with_name(name) for field, name in zip(schema, names, strict=True)])
+    item = next((name for name in wanted if name in names), None)
     if item is None:
         raise HeadstartError(
             f"the table has no column {' or '.join(wanted)}",
             where=str(path),
-            table=[f"its columns are {', '.join(schema.names):.300}"],
+            table=[f"its columns are {', '.join(names):.300}"],
             do="name the one to look at with --column",
+        )
+    if given.count(item) > 1:
+        raise HeadstartError(
+            f"the table has several columns {item}", where=str(path), do="give each a name of its own"
         )
     kind = schema.field(item).type
     if not (_is_text(kind) or pa.types.is_null(kind) or (modality == "image" and _is_bytes(kind))):
@@ -429,9 +440,21 @@ def _table(path: Path, modality: str, column: str | None) -> Source:
 
     def chunks(size: int) -> Iterator[Chunk]:
         with _named(str(path)):
-            yield from read(size)
+            for chunk in read(size):
+                yield chunk._replace(rows=chunk.rows.rename_columns(names))
 
     return Source(str(path), schema, item, chunks, rows, path.parent)
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """Names of columns, with its place in one that is empty or was there before: spreadsheets have such."""
+    apart: dict[str, None] = {}
+    for place, name in enumerate(names, 1):
+        new = name
+        while not new or new in apart or (new != name and new in names):
+            new = f"{new or 'column'} {place}"
+        apart[new] = None
+    return list(apart)
 
 
 @contextmanager
@@ -441,9 +464,9 @@ def _named(where: str, what: str = "the table") -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, csv.Error, UnicodeError, OSError) as error:
+    except (pa.ArrowException, csv.Error, ValueError, OSError) as error:
         raise HeadstartError(
-            f"{what} cannot be read", where=where, table=str(error).splitlines()[:3], do="mend the file"
+            f"{what} cannot be read", where=where, table=str(error).splitlines()[:3], do=f"mend {what}"
         ) from error
 
 
@@ -467,7 +490,11 @@ def _separated(path: Path, wanted: Sequence[str]) -> Opened:
     found = [separator(path, header, {name}) for name in wanted]
     between = next((each for each in found if each != ","), ",")
     quoting: Any = csv.QUOTE_MINIMAL
-    if between == "\t":
+    with _text(path) as file:
+        by_line = between == "\t" and a_row_a_line(file)
+    if by_line:
+        quoting = csv.QUOTE_NONE
+    elif between == "\t":
         with _text(path) as file:
             try:
                 deque(csv.reader(file, delimiter=between, strict=True), maxlen=0)
@@ -476,7 +503,8 @@ def _separated(path: Path, wanted: Sequence[str]) -> Opened:
 
     def cells(file: TextIO) -> Iterator[list[str]]:
         strict = quoting != csv.QUOTE_NONE  # a mark that nothing closes would swallow the rows after it
-        return csv.reader(map(mojibake.windows, file), delimiter=between, quoting=quoting, strict=strict)
+        rows = csv.reader(map(mojibake.windows, file), delimiter=between, quoting=quoting, strict=strict)
+        return map(unquoted, rows) if by_line else rows
 
     with _text(path) as file:
         names = [name.strip() for name in next(cells(file), [])]
@@ -504,26 +532,87 @@ def _json_lines(path: Path) -> Opened:
     import pyarrow as pa
     import pyarrow.json
 
-    def blocks(schema: pa.Schema | None = None) -> Iterator[pa.Table]:
-        parsing = pyarrow.json.ParseOptions(explicit_schema=schema)
+    def blocks() -> Iterator[str]:
         with _text(path) as file:
             while lines := file.readlines(BLOCK):  # whole lines, which pyarrow's own blocks are not
-                block = mojibake.windows("".join(lines)).encode()
+                block = mojibake.windows("".join(lines))
                 if block.strip():
-                    reading = pyarrow.json.ReadOptions(use_threads=False, block_size=len(block))
-                    yield pyarrow.json.read_json(pa.BufferReader(block), reading, parsing)
+                    yield block
 
-    schema, rows = pa.schema([]), 0
+    def parsed(text: str, schema: pa.Schema | None = None) -> pa.Table:
+        block = text.encode()
+        reading = pyarrow.json.ReadOptions(use_threads=False, block_size=len(block))
+        parsing = pyarrow.json.ParseOptions(explicit_schema=schema)
+        return pyarrow.json.read_json(pa.BufferReader(block), reading, parsing)
+
+    schema, rows, long = pa.schema([]), 0, False
     for block in blocks():
-        fields = [field.with_type(_as_written(field.type)) for field in block.schema]
+        table = parsed(block)
+        fields = [field.with_type(_as_written(field.type)) for field in table.schema]
         schema = pa.unify_schemas([schema, pa.schema(fields)], promote_options="permissive")
-        rows += block.num_rows
+        rows += table.num_rows
+        long = long or LONG.search(block) is not None
+    rounded = pa.struct(schema)
+    exact = _exact(rounded, blocks()) if long else rounded
+    schema = pa.schema(exact.fields)
 
     def read(size: int) -> Iterator[Chunk]:
-        for block in blocks(schema):
-            yield from map(Chunk, block.to_batches(size))
+        for block in blocks():
+            text = block if exact == rounded else _with_texts(block, exact)
+            yield from map(Chunk, parsed(text, schema).to_batches(size))
 
     return schema, read, rows
+
+
+def _exact(kind: pa.DataType, blocks: Iterable[str]) -> pa.DataType:
+    """The type of the objects with texts in place of fractions that would round a whole number."""
+    for block in filter(LONG.search, blocks):
+        for value in _objects_in(block, parse_int=float, parse_float=_no_number, parse_constant=_no_number):
+            kind = _holding(kind, value)
+    return kind
+
+
+def _no_number(written: str) -> None:
+    """What a fraction is to who looks for whole numbers."""
+
+
+def _objects_in(block: str, **numbers: Any) -> Iterator[Any]:
+    """Objects of JSON that follow each other, their numbers parsed in these ways."""
+    decoder, place = json.JSONDecoder(**numbers), 0
+    while start := SOMETHING.search(block, place):
+        value, place = decoder.raw_decode(block, start.start())
+        yield value
+
+
+def _holding(kind: pa.DataType, value: Any) -> pa.DataType:
+    """The type, of texts where it is one of fractions and the value too large for them."""
+    import pyarrow as pa
+
+    if pa.types.is_floating(kind) and isinstance(value, float) and abs(value) >= EXACT:
+        return pa.string()
+    if pa.types.is_struct(kind) and value:
+        return pa.struct([field.with_type(_holding(field.type, value.get(field.name))) for field in kind])
+    if pa.types.is_list(kind):
+        for each in value or []:
+            kind = pa.list_(_holding(kind.value_type, each))
+    return kind
+
+
+def _with_texts(block: str, kind: pa.DataType) -> str:
+    """Lines of JSON in which the numbers that are to be texts stand in quotation marks."""
+    both = zip(_objects_in(block), _objects_in(block, parse_int=str, parse_float=str), strict=True)
+    return "\n".join(json.dumps(_chosen(kind, value, written)) for value, written in both)
+
+
+def _chosen(kind: pa.DataType, value: Any, written: Any) -> Any:
+    """The value, or where the type is of texts how it is written."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind) and value:
+        return {name: _chosen(kind.field(name).type, value[name], written[name]) for name in value}
+    if pa.types.is_list(kind) and value:
+        return [_chosen(kind.value_type, *each) for each in zip(value, written, strict=True)]
+    return written if pa.types.is_string(kind) else value
 
 
 def _as_written(kind: pa.DataType) -> pa.DataType:
@@ -546,10 +635,31 @@ def _parquet(path: Path) -> Opened:
 
     def read(size: int) -> Iterator[Chunk]:
         with begun() as file:
-            yield from map(Chunk, file.iter_batches(size))
+            yield from map(_sound, file.iter_batches(size))
 
     with begun() as file:
         return file.schema_arrow, read, file.metadata.num_rows
+
+
+def _sound(rows: pa.RecordBatch) -> Chunk:
+    """The rows without texts that are not UTF-8, each of which is a fault of its row."""
+    import pyarrow as pa
+
+    faults: dict[int, str] = {}
+    for column, name in enumerate(rows.schema.names):
+        try:
+            rows.column(column).validate(full=True)
+        except pa.ArrowInvalid:
+            places: list[int | None] = list(range(rows.num_rows))
+            for place, value in enumerate(rows.column(column)):
+                try:
+                    value.as_py()
+                except UnicodeDecodeError:
+                    places[place] = None
+                    faults[place] = f"the text in {name} is not UTF-8"
+            kept = rows.column(column).take(pa.array(places, pa.int64()))
+            rows = rows.set_column(column, rows.schema.field(column).with_nullable(True), kept)
+    return Chunk(rows, faults)
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -578,27 +688,96 @@ def _written(output: Path | None, schema: pa.Schema) -> Iterator[Write]:
     if output is None:
         yield _csv_lines(sys.stdout, schema)
         return
-    partial = output.with_name(f".{output.name}.partial")
-    with unwritable_named(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if output.suffix.lower() == ".parquet":
-                import pyarrow.parquet
+    with unwritable_named(output), _partial(output) as partial:
+        if output.suffix.lower() == ".parquet":
+            with _parquet_writer(partial, schema) as parquet:
+                yield parquet.write_batch
+        else:
+            with partial.open("w", encoding="utf-8", newline="") as file:
+                comma_separated = output.suffix.lower() == ".csv"
+                yield _csv_lines(file, schema) if comma_separated else _objects(file)
 
-                with pyarrow.parquet.ParquetWriter(partial, schema) as parquet:
-                    yield parquet.write_batch
-            else:
-                with partial.open("w", encoding="utf-8", newline="") as file:
-                    comma_separated = output.suffix.lower() == ".csv"
-                    yield _csv_lines(file, schema) if comma_separated else _objects(file)
+
+@contextmanager
+def _partial(output: Path) -> Iterator[Path]:
+    """A hidden file of this run alone that takes the output's place on success.
+
+    Raises:
+        HeadstartError: there can be no such file, or another run is writing it.
+    """
+    with suppress(FileExistsError, NotADirectoryError):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    if output.is_dir() or not output.parent.is_dir():
+        raise HeadstartError(
+            "the output is a folder" if output.is_dir() else "the output lies below a file",
+            where=str(output),
+            do="name a file in a folder",
+        )
+    partial = output.with_name(f".{output.name}.partial")
+    with _locked(partial, output):
+        try:
+            yield partial
             partial.replace(output)
-        finally:
+        except BaseException:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _locked(partial: Path, output: Path) -> Iterator[None]:
+    """Hold the partial file, which is made if need be, against other runs; a killed run holds nothing."""
+    while True:
+        with partial.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise HeadstartError(
+                    "another run is writing this file",
+                    where=str(output),
+                    do="wait until it is done, or name another output",
+                ) from None
+            except OSError:  # a file system without locks
+                held = True
+            else:
+                held = _is_open_at(partial, file)
+            if held:
+                yield
+                return
+
+
+def _is_open_at(path: Path, file: BinaryIO) -> bool:
+    """Whether the file is still there: who held it before may have moved or removed it meanwhile."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _parquet_writer(path: Path, schema: pa.Schema) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetWriter(path, schema)
+    except pa.ArrowNotImplementedError as error:
+        raise HeadstartError(
+            "Parquet cannot hold these columns", table=str(error).splitlines()[:3], do="write CSV or JSONL"
+        ) from error
+
+
+class _LineEnds:
+    r"""Rows of a CSV that end in \n: a writer told so itself would leave a lone \r in a cell unquoted."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def write(self, row: str) -> None:
+        self.file.write(row.removesuffix("\r\n") + "\n")
 
 
 def _csv_lines(file: Any, schema: pa.Schema) -> Write:
-    lines = csv.writer(file, lineterminator="\n")
+    lines = csv.writer(_LineEnds(file), lineterminator="\r\n")
     lines.writerow(schema.names)
 
     def write(batch: pa.RecordBatch) -> None:
