@@ -34,11 +34,9 @@ def watch(recipe: str) -> str:
     Args:
         recipe: the stem of a file in ``recipes/``.
 
-    A store that cannot be reached is only said: this comes again in a minute, and people would be told of a
-    failed run each time. The retraining that takes batches in fails by it.
-
-    Raises:
-        HeadstartError: the recipe has mistakes, or its source holds the inbox.
+    Whatever keeps it from looking, such as a store that cannot be reached or a recipe with mistakes, is only
+    said: this comes again in a minute, and people would be told of a failed run each time. The retraining
+    that takes batches in fails by it.
     """
     root = environment.project_root()
     environment.prepare(root)
@@ -47,12 +45,10 @@ def watch(recipe: str) -> str:
 
 
 def _watch(root: Path, recipe: str) -> str:
-    chosen, layout = load(root / "recipes" / f"{recipe}.yaml"), Layout(root, recipe)
+    layout = Layout(root, recipe)
     try:
-        arrivals = inbox.look(chosen, layout)
+        arrivals = inbox.look(load(root / "recipes" / f"{recipe}.yaml"), layout)
     except HeadstartError as error:
-        if not error.transient:
-            raise
         get_run_logger().warning(str(error))
         return f"{recipe}: {error.what}"
     ready = [arrival.name for arrival in arrivals if not arrival.waits]

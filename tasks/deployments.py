@@ -8,6 +8,7 @@ time changes nothing.
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -49,7 +50,8 @@ def deploy(root: Path, notify: str, say: Callable[[str], None]) -> None:
     """Set up the work pool, every deployment and, if asked to, the notifications.
 
     Raises:
-        HeadstartError: no server is configured, none answers, or prefect.yaml is not accepted.
+        HeadstartError: no server is configured, none answers or not as Prefect's does, or prefect.yaml is not
+            accepted.
     """
     import httpx
     from prefect.client.orchestration import get_client
@@ -74,6 +76,13 @@ def deploy(root: Path, notify: str, say: Callable[[str], None]) -> None:
             where=str(api),
             table=[str(error)],
             do="check PREFECT_API_URL and that its server is up",
+        ) from error
+    except (httpx.HTTPError, json.JSONDecodeError) as error:  # beside /api stands the server's page
+        raise HeadstartError(
+            "what answers is not Prefect's API, or lets nobody in without a password",
+            where=f"PREFECT_API_URL {api}",
+            table=str(error).splitlines(),
+            do="check that it ends in /api, and PREFECT_API_AUTH_STRING",
         ) from error
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)

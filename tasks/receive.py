@@ -55,15 +55,30 @@ def receive(recipe: Recipe, layout: Layout, wait: bool = False) -> Received:
         wait: for batches that are still settling.
     """
     log = get_run_logger()
-    received = take(recipe, layout, log.info, wait)
-    for name, reasons in received.rejected.items():
+
+    def rejected(name: str, reasons: HeadstartError) -> None:
         log.warning(str(reasons))
         emit("headstart.data.rejected", recipe.name, batch=name, reason=reasons.what, table=reasons.table)
-    return received
+
+    return take(recipe, layout, log.info, rejected, wait)
 
 
-def take(recipe: Recipe, layout: Layout, log: Callable[[str], None], wait: bool = False) -> Received:
-    """The task's body, for callers without Prefect: nobody is told of what is rejected.
+def take(
+    recipe: Recipe,
+    layout: Layout,
+    log: Callable[[str], None],
+    rejected: Callable[[str, HeadstartError], None],
+    wait: bool = False,
+) -> Received:
+    """The task's body, for callers without Prefect.
+
+    Args:
+        recipe: as of the task.
+        layout: as of the task.
+        log: told what is done.
+        rejected: told of each rejected batch and its reasons at once, as the next run passes over it even if
+            this one fails.
+        wait: as of the task.
 
     Raises:
         HeadstartError: the source or the store of the inbox cannot be reached, or the disk is full.
@@ -88,6 +103,7 @@ def take(recipe: Recipe, layout: Layout, log: Callable[[str], None], wait: bool 
             else:
                 inbox.reject(layout, name, reasons)
                 received.rejected[name] = _told(reasons, layout, name)
+                rejected(name, received.rejected[name])
         if unpushed(layout).exists():
             received.pushed = version(recipe, layout, log)
     return received

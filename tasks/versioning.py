@@ -27,9 +27,10 @@ from headstart.progress import TERMINAL
 from headstart.stages import ERROR_FILE
 
 Outcome = Literal["ran", "restored"]
-# Seconds to wait for a path that another run is using. All of data/ is in use while any recipe's stage reads
-# its part, which may take hours.
-BUSY, DATA_BUSY = 60.0, 6 * 3600.0
+# Seconds to wait for a path that another run is using. What a stage reads and writes is in use until it ends,
+# which may take hours, and with any recipe's part of data/ all of it.
+BUSY, STAGE_BUSY = 60.0, 6 * 3600.0
+BLOCKED = "is busy, it is being blocked by"  # so DVC says it; that something is busy, a stage may say as well
 # What DVC tells a person at a terminal after each stage, and nobody needs five times in a log.
 HINTS = ("To track the changes", "To enable auto staging", "Updating lock file", "Use `dvc push`", "\t")
 
@@ -62,11 +63,18 @@ def order(root: Path, recipe: str) -> list[str]:
 
 
 def is_fresh(root: Path, target: str) -> bool:
-    """Whether a stage (``train@sentiment``) or a ``.dvc`` file has nothing to do."""
+    """Whether a stage (``train@sentiment``) or a ``.dvc`` file has nothing to do.
+
+    What another run is writing is not fresh: whoever then reproduces it waits for that run.
+    """
+    from dvc.lock import LockError
     from dvc.repo import Repo
 
     with Repo(str(root), _wait_for_lock=True) as repo:  # whoever pushes holds it as long
-        return not repo.status(targets=[target])
+        try:
+            return not repo.status(targets=[target])
+        except LockError:
+            return False
 
 
 def reproduce(
@@ -74,19 +82,21 @@ def reproduce(
 ) -> Outcome:
     """Run one stage as ``dvc repro --single-item``, its output passed on to ``log`` line by line.
 
-    With ``force`` it runs even if DVC knows what comes out of it.
+    With ``force`` it runs even if DVC knows what comes out of it. While another run is in a stage that
+    this one needs, it waits.
 
     Progress bars go straight to the terminal. Returns whether the stage ran or its result was
     restored from DVC's cache.
 
     Raises:
-        HeadstartError: the stage's own error; if it died without one, DVC's last words.
+        HeadstartError: the stage's own error; if it died without one, DVC's last words; or another run
+            has held it for hours.
     """
     with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
         error_file = Path(folder) / "error.json"
         environment = os.environ | {ERROR_FILE: str(error_file)}
         command = ["repro", "--single-item", *(["--force"] if force else []), f"{stage}@{recipe}"]
-        lines = _dvc(root, command, log, environment, error_file)
+        lines = _dvc(root, command, log, environment, error_file, patience=STAGE_BUSY)
     restored = any("is cached - skipping run" in line for line in lines)
     return "restored" if restored else "ran"
 
@@ -101,7 +111,7 @@ def version_data(root: Path, recipe: str, log: Callable[[str], None]) -> None:
     if pointer.exists() and is_fresh(root, "data.dvc"):
         return
     target = f"data/{recipe}" if _others_are_elsewhere(root, recipe) else "data"
-    _dvc(root, ["add", "--quiet", target], log, dict(os.environ), patience=DATA_BUSY)
+    _dvc(root, ["add", "--quiet", target], log, dict(os.environ), patience=STAGE_BUSY)
 
 
 def push(root: Path, recipe: str, log: Callable[[str], None]) -> bool:
@@ -207,14 +217,17 @@ def _dvc(
 ) -> list[str]:
     """Run ``dvc`` with this interpreter's environment first on the path; return its output's lines.
 
-    A path that another run is using makes DVC fail at once ("is busy"), so that is tried again for
+    A path that another run is using makes DVC fail at once (``BLOCKED``), so that is tried again for
     ``patience`` seconds; ``--wait-for-lock`` covers the repository's own lock.
+
+    Raises:
+        HeadstartError: the error that a stage left, another run was at it all the time, or DVC's last words.
     """
     if sys.stderr.isatty():
         environment[TERMINAL] = os.ttyname(sys.stderr.fileno())
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
-    deadline, pause = time.monotonic() + patience, 1.0
+    deadline, pause, said = time.monotonic() + patience, 1.0, set[str]()
     while True:
         lines = []
         with subprocess.Popen(
@@ -224,7 +237,7 @@ def _dvc(
             try:
                 for line in process.stdout:
                     lines.append(line.rstrip())
-                    if lines[-1] and not line.startswith(HINTS):
+                    if lines[-1] and lines[-1] not in said and not line.startswith(HINTS):
                         log(lines[-1])
             except BaseException:  # a timeout or a stop: the stage would run on, and be waited for
                 processes.end(psutil.Process(process.pid), signal.SIGTERM)
@@ -233,8 +246,18 @@ def _dvc(
             return lines
         if error_file and error_file.exists():
             raise HeadstartError(**json.loads(error_file.read_text(encoding="utf-8")))
-        if not any("is busy" in line for line in lines) or time.monotonic() > deadline:
+        if not any(BLOCKED in line for line in lines):
             break
+        if time.monotonic() > deadline:
+            raise HeadstartError(
+                f"another run is at what `dvc {' '.join(arguments)}` needs",
+                where=str(root),
+                table=[line for line in lines if line],
+                do="wait for it, or stop it",
+            )
+        if not said:
+            log("waiting for that run to end")
+        said.update(lines)  # once is enough
         time.sleep(pause)
         pause = min(2 * pause, 10.0)
     raise HeadstartError(

@@ -45,6 +45,10 @@ def test_a_service_is_pinned_watched_and_waits_for_what_it_calls(name: str) -> N
     assert known <= set(SERVICES)
 
 
+def test_a_worker_made_anew_is_the_same_machine_whose_dead_runs_it_settles() -> None:
+    assert SERVICES["worker"]["hostname"] == "worker"
+
+
 def test_what_is_kept_has_a_volume_and_nothing_listens_beyond_this_machine() -> None:
     mounts = [mount for service in SERVICES.values() for mount in service.get("volumes", ())]
     assert {mount.partition(":")[0] for mount in mounts} - {".."} == set(COMPOSE["volumes"])

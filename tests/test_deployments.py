@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 import yaml
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from headstart import runs, stack
+from headstart.errors import HeadstartError
+from tasks import deployments
 from tests import stacks
 from tests.conftest import ROOT, Project, clone, isolated
 from tests.servers import free_port
@@ -291,6 +294,38 @@ def test_without_a_server_deploying_says_which_to_name(project: Project) -> None
     assert done.returncode == 1
     assert "does not answer" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "answer"), [(404, b"{}"), (401, b'{"detail": "Unauthorized"}'), (200, b"<!doctype html>")]
+)
+def test_an_address_that_is_not_prefects_api_or_wants_a_password_says_so(
+    code: int, answer: bytes, tmp_path: Path
+) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.do_GET()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        with (
+            temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{server.server_address[1]}"}),
+            pytest.raises(HeadstartError, match="not Prefect's API") as caught,
+        ):
+            deployments.deploy(tmp_path, "", print)
+        server.shutdown()
+        thread.join()
+    assert "check that it ends in /api, and PREFECT_API_AUTH_STRING" in str(caught.value)
 
 
 def test_a_run_is_written_down_while_it_lasts_and_a_number_given_out_again_is_told_apart(

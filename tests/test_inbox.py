@@ -187,6 +187,50 @@ def test_a_batch_that_changes_while_it_is_copied_stays_where_it_is(
     assert "grew" in (layout.batches / "monday/monday.csv").read_text()
 
 
+@pytest.mark.parametrize("looked", [False, True])
+@pytest.mark.parametrize("name", ["monday.csv", "monday.zip", "monday"])
+def test_a_batch_that_is_withdrawn_while_it_or_another_is_copied_is_passed_over(
+    name: str, looked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, chosen, place = texts(tmp_path), recipe(), archives.place
+    drop(layout, "a.csv")
+    if name == "monday":
+        drop(layout, "monday/part1.csv")
+    else:
+        drop(layout, name)
+    drop(layout, "tuesday.csv")
+
+    def withdrawn(came: Path, *given: Any) -> None:
+        if came.name == ("a.csv" if looked else name):
+            path = layout.inbox / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if looked:  # by somebody else
+                inbox.look(chosen, layout)
+        place(came, *given)
+
+    monkeypatch.setattr(archives, "place", withdrawn)
+    assert take(chosen, layout).keys() == {"tuesday"} | {"a"}
+    assert not list(layout.quarantine.iterdir())
+    assert not list(layout.inbox.iterdir())
+
+
+def test_a_file_that_is_withdrawn_from_a_store_while_another_is_copied_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, prefix, place = texts(tmp_path), f"memory://{uuid.uuid4().hex}/new", archives.place
+    store, root = fsspec.url_to_fs(prefix)
+    for name in ("a.csv", "monday.csv"):
+        store.pipe(f"{root}/{name}", b"body,mood,shop\na new text,happy,a\n")
+
+    def withdrawn(*given: Any) -> None:
+        store.rm(f"{root}/monday.csv")
+        place(*given)
+
+    monkeypatch.setattr(archives, "place", withdrawn)
+    assert take(recipe(inbox=prefix), layout).keys() == {"a"}
+    assert not list(layout.quarantine.iterdir())
+
+
 def test_the_source_is_no_batch_though_it_lies_in_the_inbox(tmp_path: Path) -> None:
     layout = pictures(tmp_path)
     shutil.copytree(layout.raw, layout.inbox)

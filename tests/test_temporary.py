@@ -39,9 +39,14 @@ def nothing_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (".env", "PREFECT_API_URL=http://prefect.example.com/api"),
         ("pyproject.toml", '[tool.prefect.api]\nurl = "http://prefect.example.com/api"'),
         ("prefect/profiles.toml", 'active = "cloud"'),
+        ("elsewhere/profiles.toml", 'active = "cloud"'),
     ],
 )
-def test_whoever_configures_prefect_is_left_to_it(tmp_path: Path, file: str, content: str) -> None:
+def test_whoever_configures_prefect_is_left_to_it(
+    tmp_path: Path, file: str, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if file.startswith("elsewhere"):
+        monkeypatch.setenv("PREFECT_PROFILES_PATH", str(tmp_path / file))
     assert not temporary.configured(tmp_path)
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(content)
@@ -50,12 +55,13 @@ def test_whoever_configures_prefect_is_left_to_it(tmp_path: Path, file: str, con
 
 def test_a_server_that_is_named_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pyproject.toml").write_text("[tool.ruff]")
+    (tmp_path / ".env").write_text("AWS_PROFILE=ours")
     assert not temporary.configured(tmp_path)
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
     assert temporary.configured(tmp_path)
 
 
-def test_projects_keep_prefects_records_apart_unless_it_has_profiles(
+def test_projects_keep_prefects_records_apart_unless_it_is_configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -69,6 +75,11 @@ def test_projects_keep_prefects_records_apart_unless_it_has_profiles(
         assert home(project) == str(tmp_path / project / ".prefect")
     assert home("here", PREFECT_HOME="/chosen") == "/chosen"
     assert home("here", PREFECT_PROFILE="cloud") is None
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/.env").write_text("PREFECT_HOME=/chosen")
+    assert home("there") is None
+    for nobodys in ("/" + "x" * 5000, "~nobody-of-this-name"):  # cannot be entered, or is not known
+        assert home("here", HOME=nobodys) == str(tmp_path / "here/.prefect")
     (tmp_path / ".prefect").mkdir()
     (tmp_path / ".prefect/profiles.toml").write_text('active = "cloud"')
     assert home("here") is None

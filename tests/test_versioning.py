@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
+import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 
 from flows import watch
+from headstart import inbox
 from headstart.errors import HeadstartError
-from headstart.layout import Layout
-from tasks import ingest, versioning
+from headstart.layout import EARLIER_SPLITS, Layout
+from tasks import ingest, receive, versioning
+from tests import cached, examples
 from tests.conftest import Project, isolated
+from tests.servers import Loopback, serving
 
 GRAPH = """
 stages:
@@ -24,19 +32,35 @@ stages:
       recipe: [moods]
     cmd: echo at work && sleep 300
 """
+UNTIL_TOLD = """
+stages:
+  train:
+    matrix:
+      recipe: [moods]
+    cmd: touch begun && while [ ! -e go ]; do sleep 0.1; done && echo 1 > model/moods
+    outs:
+      - model/moods
+"""
+TABLE = {"adapter": "table", "columns": {"text": "body", "label": "mood", "domain": "shop"}}
 
 
-def test_a_stage_ends_when_a_timeout_or_a_stop_ends_the_wait_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """DVC alone, which knows no stage yet; this process is in it, with its environment."""
     root = tmp_path / "project"
     root.mkdir()
     project = Project(root, isolated(tmp_path))
     project.ok("git", "init", "--quiet")
     project.ok("dvc", "init", "--quiet")
-    (root / "dvc.yaml").write_text(GRAPH)
     for name, value in project.environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.chdir(root)
+    return project
+
+
+def test_a_stage_ends_when_a_timeout_or_a_stop_ends_the_wait_for_it(project: Project) -> None:
+    root = project.root
+    (root / "dvc.yaml").write_text(GRAPH)
     asleep: list[psutil.Process] = []
 
     def stop(line: str) -> None:
@@ -55,6 +79,67 @@ def test_a_stage_ends_when_a_timeout_or_a_stop_ends_the_wait_for_it(
     assert not alive
 
 
+@pytest.fixture
+def elsewhere(project: Project) -> Iterator[subprocess.Popen[bytes]]:
+    """Another run, in a stage that ends once there is a file `go`."""
+    (project.root / "dvc.yaml").write_text(UNTIL_TOLD)
+    (project.root / "model").mkdir()
+    with subprocess.Popen(
+        ["dvc", "repro", "train@moods"],
+        cwd=project.root,
+        env=project.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as run:
+        try:
+            deadline = time.monotonic() + 60
+            while not (project.root / "begun").exists():
+                assert run.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            yield run
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+
+
+def test_a_stage_that_another_run_is_in_is_waited_for_however_long_it_trains(
+    project: Project, elsewhere: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versioning, "BUSY", 0.0)  # of what nobody holds for long
+    told: list[str] = []
+
+    def go(line: str) -> None:
+        told.append(line)
+        if line.startswith("waiting"):
+            (project.root / "go").touch()
+            elsewhere.wait(60)
+
+    assert not versioning.is_fresh(project.root, "train@moods")
+    versioning.reproduce(project.root, "train", "moods", go)
+    assert sum(versioning.BLOCKED in line for line in told) == 1
+    assert versioning.is_fresh(project.root, "train@moods")
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_whoever_has_waited_for_another_run_long_enough_is_told_which_one(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versioning, "STAGE_BUSY", 0.0)
+    with pytest.raises(HeadstartError, match="another run is at what") as caught:
+        versioning.reproduce(project.root, "train", "moods", lambda line: None)
+    assert "dvc repro train@moods" in str(caught.value)
+    assert "wait for it, or stop it" in str(caught.value)
+
+
+def test_a_stage_of_whose_own_something_is_busy_is_not_tried_again(project: Project) -> None:
+    (project.root / "dvc.yaml").write_text(GRAPH.replace("sleep 300", "echo the GPU is busy && exit 1"))
+    told: list[str] = []
+    with pytest.raises(HeadstartError, match="failed with exit code"):
+        versioning.reproduce(project.root, "train", "moods", told.append)
+    assert told.count("the GPU is busy") == 1
+
+
 def test_a_source_is_known_by_its_content_whatever_bytes_its_names_are(tmp_path: Path) -> None:
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/photos/caf\xe9.jpg"))
     odd.parent.mkdir()
@@ -65,16 +150,97 @@ def test_a_source_is_known_by_its_content_whatever_bytes_its_names_are(tmp_path:
     assert ingest._digest(odd.parent, layout) != first
 
 
-def test_an_inbox_out_of_reach_is_no_failed_run_every_minute(
+def test_a_source_is_known_by_what_its_links_lead_to(tmp_path: Path) -> None:
+    for folder in ("photos", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "elsewhere/1.jpg").write_bytes(b"1")
+    (tmp_path / "photos/cat").symlink_to(tmp_path / "elsewhere")
+    layout = Layout(tmp_path, "photos")
+    first = ingest._digest(tmp_path / "photos", layout)
+    (tmp_path / "elsewhere/1.jpg").write_bytes(b"22")
+    assert ingest._digest(tmp_path / "photos", layout) != first
+
+
+def test_another_query_is_another_source_and_its_values_are_told_to_nobody(project: Project) -> None:
+    layout, said = Layout(project.root, "case"), list[str]()
+    with serving(Loopback(files={"/moods.csv": b"body,mood\n"})) as server:
+
+        def brought(query: str) -> str:
+            source = f"{server.url}/moods.csv?{query}"
+            return ingest.bring(cached.recipe(ingest={"source": source}), layout, said.append)
+
+        assert brought("month=01&key=secret") == "ran"
+        assert brought("month=01&key=secret") == "fresh"
+        assert brought("month=02&key=secret") == "ran"
+        origin = layout.raw / ".source.json"
+        assert "secret" not in origin.read_text()
+        older = json.loads(origin.read_text())
+        del older["address"]  # an older version did not keep it
+        origin.write_text(json.dumps(older))
+        assert brought("month=02&key=secret") == "fresh"
+
+
+def test_splits_are_kept_of_rows_that_are_missing_today(tmp_path: Path) -> None:
+    layout = Layout(tmp_path, "moods")
+    for folder in (layout.raw, layout.manifest):
+        folder.mkdir(parents=True)
+
+    def keep(**rows: str) -> bytes:
+        table = pd.DataFrame({"id": rows.keys(), "split": rows.values(), "digest": list(rows)}, dtype="str")
+        table.to_parquet(layout.manifest / "manifest.parquet", index=False)
+        kept = ingest.earlier_splits(layout)
+        assert kept is not None
+        (layout.raw / EARLIER_SPLITS).write_bytes(kept)
+        return kept
+
+    def splits() -> dict[str, str]:
+        table = pd.read_parquet(layout.raw / EARLIER_SPLITS)
+        assert list(table) == ["id", "split", "digest"]
+        return dict(zip(table["id"], table["split"], strict=True))
+
+    older = pd.DataFrame({"id": ["a", "b"], "split": ["test", "val"]})  # from before digests were kept
+    older.to_parquet(layout.raw / EARLIER_SPLITS, index=False)
+    keep(b="train", c="train")
+    assert list(splits().items()) == [("a", "test"), ("b", "train"), ("c", "train")]
+    keep(c="train", d="val")
+    assert splits() == {"a": "test", "b": "train", "c": "train", "d": "val"}
+    whole = keep(a="test", b="train", c="train", d="val")
+    (layout.raw / EARLIER_SPLITS).unlink()
+    assert keep(a="test", b="train", c="train", d="val") == whole
+    (layout.manifest / "manifest.parquet").unlink()
+    assert ingest.earlier_splits(layout) == whole
+
+
+def test_whatever_keeps_from_looking_into_an_inbox_is_no_failed_run_every_minute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def away(transient: bool) -> None:
-        raise HeadstartError("the store did not give the file", transient=transient)
-
-    monkeypatch.setattr(watch, "load", lambda path: None)
     monkeypatch.setattr(watch, "get_run_logger", logging.getLogger)
-    monkeypatch.setattr(watch.inbox, "look", lambda recipe, layout: away(transient=True))
-    assert watch._watch(tmp_path, "moods") == "moods: the store did not give the file"
-    monkeypatch.setattr(watch.inbox, "look", lambda recipe, layout: away(transient=False))
-    with pytest.raises(HeadstartError):
-        watch._watch(tmp_path, "moods")
+    (tmp_path / "recipes").mkdir()
+    for given, words in (
+        ({"source": "file:t.csv", "inbox": "http://127.0.0.1:9/new"}, "the store did not give the file"),
+        ({"source": "file:inbox"}, "the source holds the inbox"),
+        ({"sauce": "file:t.csv"}, "the recipe has mistakes"),
+    ):
+        examples.write_recipe(
+            tmp_path / "recipes/moods.yaml",
+            ingest=given,
+            validate=TABLE,
+            fetch={"backbone": "transformers:bert", "source": "file:bert"},
+        )
+        assert watch._watch(tmp_path, "moods").startswith(f"moods: {words}")
+
+
+def test_a_rejected_batch_is_told_of_though_a_later_one_ends_the_run(project: Project) -> None:
+    layout = Layout(project.root, "moods")
+    recipe = cached.recipe(ingest={"source": "file:elsewhere.csv", "settle": 0}, validate=TABLE)
+    examples.write_texts(layout.raw / "t.csv")
+    layout.inbox.mkdir(parents=True)
+    (layout.inbox / "bad.csv").write_text("body,mood,shop\nfine,angry,a\n")
+    inbox.look(recipe, layout)
+    examples.write_texts(layout.inbox / "good.csv", 60, start=240)
+    (project.root / "dvc.lock").write_text("stages:\n  validate@moods:\n")  # whose manifest nobody has
+    told: dict[str, HeadstartError] = {}
+    with pytest.raises(HeadstartError, match="the splits of the earlier rows are not here"):
+        receive.take(recipe, layout, lambda line: None, told.__setitem__)
+    assert told.keys() == {"bad"}
+    assert told["bad"].what == "the batch bad is rejected: 1 failure"

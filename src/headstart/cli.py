@@ -140,10 +140,11 @@ def receive(recipe: RecipePath) -> None:
     chosen, layout = _opened(recipe)
     from tasks.receive import take
 
-    received = take(chosen, layout, logging.getLogger("headstart").info, wait=True)
-    print(received)
-    for reasons in received.rejected.values():
+    def rejected(name: str, reasons: HeadstartError) -> None:
         print(f"error: {reasons}", file=sys.stderr)
+
+    received = take(chosen, layout, logging.getLogger("headstart").info, rejected, wait=True)
+    print(received)
     raise typer.Exit(int(bool(received.rejected)))
 
 
@@ -209,7 +210,9 @@ def find_learning_rate(
     layout.work.mkdir(parents=True, exist_ok=True)
     picture = layout.work / "learning_rate.png"
     rates.plot(table, picture)
-    print(f"train.learning_rate: {rates.suggested(table):.1e}, see {picture.relative_to(layout.root)}")
+    found = rates.keys(tuning, rates.suggested(table))
+    said = ", ".join(f"train.{name}: {rate:.1e}" for name, rate in found.items())
+    print(f"{said}, see {picture.relative_to(layout.root)}")
 
 
 @app.command()
@@ -243,7 +246,10 @@ def promote(
     force: Annotated[bool, typer.Option("--force", help="Without proof; needs --because.")] = False,
     because: Annotated[str, typer.Option(help="Why, for the history.")] = "",
 ) -> None:
-    """Make a version the champion, if it is shown to be better than the one there is."""
+    """Make a version the champion, if it is shown to be better than the one there is.
+
+    Exits with 1 if it is not champion after that.
+    """
     from headstart import promotion, trials
 
     _log_plainly()

@@ -50,7 +50,7 @@ def read(folder: Path, made: str, digests: Digests, names: Sequence[str]) -> Ear
             return none
         known = np.load(folder / "digests.npy", allow_pickle=False)
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):  # the last of an empty file
         return none
     if not len(known) or any(len(array) != len(known) for array in arrays.values()):
         return none

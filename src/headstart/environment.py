@@ -7,6 +7,7 @@ because it must run before prefect, mlflow and dvc are imported.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "TOKENIZERS_PARALLELISM": "true",
 }
+# Files of a project that Prefect reads its settings from, and what stands in those that have any.
+PREFECTS_FILES = {"prefect.toml": "", ".env": "prefect_", "pyproject.toml": "[tool.prefect"}
 
 
 def quiet() -> bool:
@@ -52,10 +55,23 @@ def project_root(start: Path | None = None) -> Path:
     )
 
 
-def prefect_profiles() -> bool:
-    """Whether Prefect has profiles to read, which name its servers."""
-    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect").expanduser()
-    return "PREFECT_PROFILE" in os.environ or (home / "profiles.toml").exists()
+def prefect_configured(folder: Path) -> bool:
+    """Whether anything but ``PREFECT_API_URL`` may say which server, or what kind, Prefect should use here.
+
+    Profiles do, and the files in ``folder`` that Prefect looks into. What may not be read says nothing.
+    """
+    if "PREFECT_PROFILE" in os.environ:
+        return True
+    home = os.environ.get("PREFECT_HOME") or "~/.prefect"
+    profiles = os.environ.get("PREFECT_PROFILES_PATH") or f"{home}/profiles.toml"
+    with contextlib.suppress(OSError, RuntimeError):  # a home that may not be entered, or none at all
+        if Path(profiles).expanduser().exists():
+            return True
+    for name, word in PREFECTS_FILES.items():
+        with contextlib.suppress(OSError):
+            if word in (folder / name).read_text(encoding="utf-8", errors="replace").lower():
+                return True
+    return False
 
 
 def prepare(root: Path) -> None:
@@ -70,7 +86,7 @@ def prepare(root: Path) -> None:
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     # In one database two projects would share a work pool and the names of deployments: the worker of one
     # would run what the other is asked for.
-    if not prefect_profiles():
+    if not prefect_configured(root):
         os.environ.setdefault("PREFECT_HOME", str(root / ".prefect"))
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
     if str(root) not in sys.path:

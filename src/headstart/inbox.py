@@ -121,6 +121,8 @@ def bring(recipe: Recipe, layout: Layout) -> None:
         shutil.rmtree(partial)
     for name in waiting(recipe, layout):
         with _remembered(layout) as known:
+            if name not in known:  # it was withdrawn, and somebody has looked since
+                continue
             fingerprint = known[name]["fingerprint"]
             named = {str(entry.get("as")).lower() for entry in known.values()}
             target = known[name].setdefault("as", _unique(name, layout, named))
@@ -288,8 +290,20 @@ def _unique(name: str, layout: Layout, named: set[str]) -> str:
 
 
 def _copied(inbox: Inbox, name: str, fingerprint: str, target: Path, layout: Layout) -> bool:
-    """Copy a batch into quarantine; False if it changed meanwhile, and stays where it is."""
+    """Copy a batch into quarantine; False if it changed meanwhile and stays where it is, or was withdrawn."""
     partial = target.with_name(f".{target.name}.partial")
+    try:
+        return _copy(inbox, name, fingerprint, target, partial, layout)
+    except (HeadstartError, OSError):
+        if inbox.fingerprint(name) == fingerprint:
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        return False
+
+
+def _copy(  # noqa: PLR0917  # all that it is made of
+    inbox: Inbox, name: str, fingerprint: str, target: Path, partial: Path, layout: Layout
+) -> bool:
     content = partial / "content"
     with unwritable_named(target):
         content.mkdir(parents=True)

@@ -45,14 +45,7 @@ SETTINGS = {
 
 def configured(folder: Path) -> bool:
     """Whether anything may say which server, or what kind, Prefect should use: then that is left to it."""
-    pages = [folder / "prefect.toml", folder / ".env"]
-    project = folder / "pyproject.toml"
-    return (
-        bool(os.environ.get("PREFECT_API_URL"))
-        or environment.prefect_profiles()
-        or any(page.exists() for page in pages)
-        or (project.exists() and "[tool.prefect" in project.read_text(encoding="utf-8"))
-    )
+    return bool(os.environ.get("PREFECT_API_URL")) or environment.prefect_configured(folder)
 
 
 class Server:
