@@ -149,7 +149,7 @@ def restore_data(root: Path, recipe: str, log: Callable[[str], None]) -> bool:
         with Repo(str(root)) as repo:
             remote = repo.config["core"].get("remote")
         if not remote:
-            log(f"{target} is versioned, but neither in DVC's cache nor on a remote: asking the source")
+            log("what data.dvc lists is neither in DVC's cache nor on a remote: asking the source")
             return False
         said: list[str] = []
         with contextlib.suppress(HeadstartError):  # it may also end well, and have brought nothing
