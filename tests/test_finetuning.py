@@ -499,7 +499,7 @@ def test_teaching_that_is_killed_ends_with_the_same_bits(
         "finetuning.SECONDS_BETWEEN, finetuning.SHARE_OF_TIME = 0.0, float('inf')\n"
         "training.train(recipe.load('recipes/cameras.yaml'), Layout(Path.cwd(), 'cameras'))\n"
     )
-    # With the threads of this process, which goes on with it: a sum of two halves has other bits than a whole.
+    # With the threads of this process, which goes on with it: a sum of two halves has other bits than one.
     running = subprocess.Popen([sys.executable, "-c", script])
     while running.poll() is None and not [*layout.work.glob("train/*-taught/*2.json")]:
         time.sleep(0.002)
