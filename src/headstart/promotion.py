@@ -136,7 +136,7 @@ def crown(
         decided = entries(client.get_model_version(name, version).tags)
         if before == version:
             return decided[-1] if decided else None
-        if not forced and (before != against or _rolled_back(decided)):
+        if not forced and (before != against or rolled_back(decided)):
             return None
         action: Action = "forced" if forced else "promoted"
         entry = now.entry(action, reasons, version=version, champion=before, judged=judged)
@@ -165,7 +165,7 @@ def refuse(
     with _turn(client, name) as now:
         decided = entries(client.get_model_version(name, version).tags)
         champion = now.aliases.get(CHAMPION)
-        if champion != against or _rolled_back(decided):
+        if champion != against or rolled_back(decided):
             return None
         if decided and (decided[-1].action, decided[-1].judged) == ("refused", judged):
             return decided[-1]
@@ -202,7 +202,8 @@ def rollback(client: MlflowClient, name: str, because: str) -> Entry:
         return entry
 
 
-def _rolled_back(decided: list[Entry]) -> bool:
+def rolled_back(decided: list[Entry]) -> bool:
+    """Whether the latest of these decisions about a version is a rollback from it."""
     return bool(decided) and decided[-1].action == "rolled back"
 
 

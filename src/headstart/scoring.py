@@ -490,8 +490,10 @@ def _separated(path: Path, wanted: Sequence[str]) -> Opened:
     found = [separator(path, header, {name}) for name in wanted]
     between = next((each for each in found if each != ","), ",")
     quoting: Any = csv.QUOTE_MINIMAL
-    with _text(path) as file:
-        by_line = between == "\t" and a_row_a_line(file)
+    by_line = False
+    if between == "\t":
+        with _text(path) as file:
+            by_line = a_row_a_line(file)
     if by_line:
         quoting = csv.QUOTE_NONE
     elif between == "\t":

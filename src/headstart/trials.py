@@ -101,10 +101,11 @@ def decide(recipe: Recipe, layout: Layout, version: str | None = None) -> Decide
             tags = promotion.tags(client, name, chosen)
         decided = promotion.entries(tags)
         key = _key(recipe, layout, tags, champion)
-        known = decided and (decided[-1].judged == key or decided[-1].action == "rolled back")
+        known = decided and (decided[-1].judged == key or promotion.rolled_back(decided))
         if chosen == champion or known:
             last = decided[-1] if decided else None
-            return Decided(name, chosen, last, verdict_of(tags), champion, False, _judged(decided))
+            verdict, judged = verdict_of(tags), _judged(decided)
+            return Decided(name, chosen, last, verdict, champion, new=False, judged=judged)
         verdict = compare(recipe, layout, chosen, champion)  # what fails here has words of its own
         with asking():
             if verdict is None:
@@ -121,8 +122,8 @@ def decide(recipe: Recipe, layout: Layout, version: str | None = None) -> Decide
             else:
                 entry = promotion.refuse(client, name, chosen, reasons, judged=key, against=champion, fit=fit)
         if entry:  # or somebody else has decided meanwhile
-            reigns = chosen if promoted else champion
-            return Decided(name, chosen, entry, verdict, reigns, True, _judged([*decided, entry]))
+            reigns, judged = chosen if promoted else champion, _judged([*decided, entry])
+            return Decided(name, chosen, entry, verdict, reigns, new=True, judged=judged)
     raise HeadstartError(
         f"the champion of {name} changed {TRIES} times while this was being judged",
         do="run the same command again",
@@ -137,7 +138,8 @@ def decided_about(recipe: Recipe, digest: str) -> Decided | None:
         if version.tags.get("headstart.digest") == digest and (decided := promotion.entries(version.tags)):
             champion = promotion.champion_of(client, name)
             verdict, judged = verdict_of(version.tags), _judged(decided)
-            return Decided(name, str(version.version), decided[-1], verdict, champion, False, judged)
+            number = str(version.version)
+            return Decided(name, number, decided[-1], verdict, champion, new=False, judged=judged)
     return None
 
 
