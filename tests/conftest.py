@@ -19,8 +19,13 @@ THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 def isolated(folder: Path) -> dict[str, str]:
     """The environment of a process that writes nothing outside ``folder``."""
-    foreign = ("AWS_", "MLFLOW_", "PREFECT_", "DVC_", "HEADSTART_", "HF_", "PIP_INDEX", "XDG_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    # A hook of git runs with GIT_DIR set, and what a test commits would land in that repository.
+    foreign = ("AWS_", "MLFLOW_", "PREFECT_", "DVC_", "GIT_", "HEADSTART_", "HF_", "PIP_INDEX", "XDG_")
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not (name.startswith(foreign) or name.lower().endswith("_proxy"))
+    }
     return kept | {
         "HOME": str(folder / "home"),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from headstart.adapters import NO_LABEL, columns, modules, read
+from headstart.adapters import NO_LABEL, column_names, columns, modules, read
 from headstart.errors import HeadstartError
 from headstart.recipe import Validate
 
@@ -127,6 +127,82 @@ def test_a_file_name_that_is_not_utf_8_is_refused_by_name(tmp_path: Path) -> Non
     assert "cat/caf" in str(caught.value)
 
 
+def test_pictures_of_every_usual_kind_are_rows(tmp_path: Path) -> None:
+    names = ["cat/1.jfif", "cat/2.jpe", "dog/3.avif"]
+    assert set(images(touch(tmp_path, *names))) == set(names)
+
+
+def test_a_file_of_another_kind_is_left_out_by_its_suffix(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/1.jpg", "cat/2.HEIC", "cat/deep/notes.txt", "dog/3.jpg", "dog/LICENSE")
+    frame = read(tmp_path, Validate(adapter="image_folder")).set_index("path")
+    assert frame["left_out"].dropna().to_dict() == {
+        "cat/2.HEIC": "a file of a kind that is not read: .heic",
+        "cat/deep/notes.txt": "a file of a kind that is not read: .txt",
+        "dog/LICENSE": "not an image in a class folder",
+    }
+
+
+@pytest.mark.parametrize("around", ["", "train/"])
+def test_a_class_of_pictures_that_are_not_read_does_not_vanish(around: str, tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{around}{name}" for name in ("cat/1.jpg", "cat/2.heic", "dog/1.heic", "dog/2.DNG")))
+    touch(tmp_path, f"{around}papers/notes.txt", f"{around}papers/Thumbs.db")
+    touch(tmp_path, *(["test/cat/1.jpg"] if around else []))
+    with pytest.raises(HeadstartError, match="kinds that are not read") as caught:
+        images(tmp_path)
+    assert caught.value.table == [f"{around}dog: .dng, .heic"]
+
+
+@pytest.mark.parametrize("names", [("training_set", "test_set"), ("Train-Images", "val images")])
+def test_a_split_may_be_called_a_set_or_images(names: tuple[str, ...], tmp_path: Path) -> None:
+    found = images(touch(tmp_path, *(f"{name}/{side}/1.jpg" for name in names for side in ("cat", "dog"))))
+    second = "test" if "test_set" in names else "val"
+    assert set(found.values()) == {("train", "cat"), ("train", "dog"), (second, "cat"), (second, "dog")}
+
+
+@pytest.mark.parametrize(
+    ("names", "do"),
+    [
+        (("train/1.jpg", "test/2.jpg"), "put class folders inside them"),
+        (("train2017/1.jpg", "val2017/2.jpg", "README.md"), "put class folders inside them"),
+        (("training_set/training_set/cat/1.jpg", "test_set/test_set/cat/1.jpg"), "put class folders inside"),
+        (tuple(f"seg_{s}/{c}/1.jpg" for s in ("train", "test") for c in "ab"), "call the splits train"),
+        (tuple(f"{s} data/in/{c}/1.jpg" for s in ("train", "test") for c in "ab"), "call the splits train"),
+        (("train/a/1.jpg", "train/b/1.jpg", "my_test/a/1.jpg", "my_test/b/1.jpg"), "call the splits train"),
+    ],
+)
+def test_splits_do_not_become_classes(names: tuple[str, ...], do: str, tmp_path: Path) -> None:
+    touch(tmp_path, *names)
+    with pytest.raises(HeadstartError, match="called like splits") as caught:
+        images(tmp_path)
+    assert do in caught.value.do
+    assert len(caught.value.table) == 2
+
+
+def test_classes_that_the_recipe_names_may_be_called_like_splits(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{name}/{day}/1.jpg" for name in ("crash_test", "train_station") for day in "ab"))
+    options = Validate(adapter="image_folder", classes=["crash_test", "train_station"])
+    assert set(read(tmp_path, options)["label"]) == {"crash_test", "train_station"}
+
+
+def test_folders_of_the_same_names_inside_of_classes_are_no_classes(tmp_path: Path) -> None:
+    names = [f"{name}/2024-0{month}/1.jpg" for name in ("cat", "dog", "train_station") for month in (1, 2)]
+    assert set(images(touch(tmp_path, *names)).values()) == {"cat", "dog", "train_station"}
+
+
+def test_a_folder_that_is_a_known_class_is_no_wrapper(tmp_path: Path) -> None:
+    batch = touch(tmp_path / "elsewhere", "photos/cat/2024-03/1.jpg")
+    options = Validate(adapter="image_folder", classes=["cat", "dog"])
+    assert read(batch, options)["label"].tolist() == ["cat"]
+
+
+@pytest.mark.parametrize("around", ["", "data/", "data/train/", "train_set/"])
+def test_a_class_of_the_source_is_no_wrapper_in_a_batch(around: str, tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{around}{side}/2024-01/1.jpg" for side in ("cat", "dog")))
+    touch(tmp_path, *(["test_set/cat/1.jpg"] if around == "train_set/" else []))
+    batch = touch(tmp_path / ".batches/march", "cat/2024-03/1.jpg")
+    assert images(batch) == {"cat/2024-03/1.jpg": "cat"}
+
+
 # Tables
 
 ROWS = [("one, two", "yes"), ('three "four"\nfive', "no")]
@@ -230,6 +306,40 @@ def test_a_quoted_text_of_a_tsv_may_span_lines_and_tabs(tmp_path: Path) -> None:
     assert list(table(tmp_path, "t.tsv", content)["text"]) == ["one\ntwo", "three\tfour"]
 
 
+@pytest.mark.parametrize("folder", ["all.parquet", "all.csv"])
+def test_a_folder_of_parts_may_be_called_like_a_table(folder: str, tmp_path: Path) -> None:
+    (tmp_path / folder).mkdir()
+    assert len(table(tmp_path, f"{folder}/part-0.csv", "text,label\nx,a\n")) == 1
+
+
+def test_of_two_columns_alike_the_first_counts_in_every_kind_of_table(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = pa.table([["x"], ["first"], ["second"]], names=["text", "label", "label"])
+    pq.write_table(columns, tmp_path / "a.parquet")
+    assert list(table(tmp_path, "b.csv", "text,label,label\nx,first,second\n")["label"]) == ["first"] * 2
+
+
+def test_a_missing_column_between_semicolons_is_the_one_that_is_named(tmp_path: Path) -> None:
+    with pytest.raises(HeadstartError, match="no column 'customer' for the group") as caught:
+        table(tmp_path, "t.csv", "text;label;client\nx;a;1\n", group="customer")
+    assert "columns: text, label, client" in caught.value.where
+
+
+@pytest.mark.parametrize("header", ['text,"a;b;c",label', "text,label,a;b;c;d"])
+def test_semicolons_in_the_name_of_a_column_separate_nothing(header: str, tmp_path: Path) -> None:
+    with pytest.raises(HeadstartError, match="no column 'customer'"):
+        table(tmp_path, "t.csv", f"{header}\nx,a,b\n", group="customer")
+
+
+def test_tabs_in_a_csv_are_named(tmp_path: Path) -> None:
+    with pytest.raises(HeadstartError, match="separated by tabs") as caught:
+        table(tmp_path, "t.csv", "text\tlabel\nx y\ta\n")
+    assert ".tsv" in caught.value.do
+    assert column_names(tmp_path / "t.csv") == ["text\tlabel"]  # an adapter of one's own may know better
+
+
 def test_usual_names_of_splits_are_understood_and_others_kept_for_validation(tmp_path: Path) -> None:
     frame = table(
         tmp_path, "t.csv", "text,label,s\nx,a,Train\ny,a,validation\nz,a,dev\nw,a,holdout\nv,a,\n", split="s"
@@ -284,6 +394,13 @@ def test_bytes_of_an_older_encoding_are_read_as_windows_1252(tmp_path: Path) -> 
         ("café “x”", "crème", "caf\ufffd \ufffdx\ufffd"),
         ("naïve", "a", None),
     ]
+
+
+@pytest.mark.parametrize("by", [",", ";"])
+def test_names_of_columns_in_an_older_encoding_are_read_as_windows_1252(by: str, tmp_path: Path) -> None:
+    data = f"Größe{by}Priorität\nx{by}hoch\n".encode("cp1252")
+    frame = table(tmp_path, "t.csv", data, text="Größe", label="Priorität")
+    assert cells(frame, "text", "label") == [("x", "hoch")]
 
 
 def test_columns_of_an_older_encoding_are_read_as_windows_1252(tmp_path: Path) -> None:

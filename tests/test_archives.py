@@ -261,6 +261,24 @@ def test_names_that_cannot_be_files_together_are_an_error(tmp_path: Path, folder
         archives.place(long, None, folder)
 
 
+@pytest.mark.parametrize("name", ["Äpfel/1.jpg", "日本/1.jpg"])
+def test_names_in_a_zip_may_be_utf_8_without_the_flag_that_says_so(
+    name: str, tmp_path: Path, folder: Path
+) -> None:
+    stand_in = "x" * len(name.encode())
+    path = packed(tmp_path / "x.zip", {stand_in: b"a"})
+    path.write_bytes(path.read_bytes().replace(stand_in.encode(), name.encode()))
+    archives.place(path, name.partition("/")[0], folder)
+    assert held(folder) == {"1.jpg": b"a"}
+
+
+def test_names_in_a_zip_may_be_those_of_dos(tmp_path: Path, folder: Path) -> None:
+    path = packed(tmp_path / "x.zip", {"xpfel/1.jpg": b"a"})
+    path.write_bytes(path.read_bytes().replace(b"xpfel", "Äpfel".encode("cp437")))
+    archives.place(path, None, folder)
+    assert held(folder) == {"Äpfel/1.jpg": b"a"}
+
+
 def test_an_encrypted_file_is_refused(tmp_path: Path, folder: Path) -> None:
     path = packed(tmp_path / "x.zip", {"secret": b"123"})
     content = bytearray(path.read_bytes())

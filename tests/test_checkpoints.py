@@ -308,8 +308,10 @@ def test_killed_at_random_moments_a_run_always_has_a_whole_checkpoint(
     tmp_path: Path, saver: Saver, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = saved(tmp_path, 1)
-    chance, last, interrupted = random.Random(), 1, 0
-    for _ in range(20):
+    chance, last, interrupted = random.Random(0), 1, 0
+    for attempt in range(200):  # until one at least was in the middle of writing
+        if attempt >= 20 and interrupted:
+            break
         pid = saver(tmp_path, first=last + 1, steps=10_000, size=250_000)
         time.sleep(chance.uniform(0.005, 0.1))
         os.kill(pid, signal.SIGKILL)

@@ -160,8 +160,9 @@ def test_the_shipped_file_names_flows_by_their_own_parameters_and_each_example_h
         assert all(schedule["timezone"] for schedule in each.get("schedules", []))
         for trigger in each.get("triggers", []):
             assert trigger["match"] == {"prefect.resource.id": f"headstart.recipe.{each['name']}"}
-    for recipe in ("solar-cells", "sentiment"):
-        assert {(flow, recipe) for flow in ("retrain", "watch", "monitor")} <= seen
+    for recipe in ("solar-cells", "sentiment"):  # or neither, in a project that grew from this one
+        flows = {flow for flow, name in seen if name == recipe}
+        assert not flows or {"retrain", "watch", "monitor"} <= flows
 
 
 @pytest.mark.slow

@@ -44,15 +44,17 @@ def test_every_recipe_in_the_docs_loads_and_is_short(language: str, body: str, t
 
 @pytest.mark.parametrize(("language", "body"), of_language("sh"))
 def test_every_command_in_the_docs_exists(language: str, body: str) -> None:
-    commands = set(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for line in body.splitlines():
-        if match := re.match(r"(?:\w+=\S+ )*headstart ([a-z-]+)", line):
+        if match := re.match(r"(?:\w+=\S+ )*headstart ([a-z-]+)([^#|]*)", line):
             assert match[1] in commands, line
+            options = {name for parameter in commands[match[1]].params for name in parameter.opts}
+            assert set(re.findall(r"(?<!\S)--[a-z-]+", match[2])) <= options | {"--help"}, line
         for target in re.findall(r"^make ([a-z-]+)", line):
             assert target in targets, line
         for recipe in re.findall(
-            r"recipes/((?:solar-cells|sentiment)(?:-tuned)?|hymenoptera|bert)\.yaml", line
+            r"recipes/((?:solar-cells|sentiment)[a-z-]*|hymenoptera|bert)\.yaml", line
         ):
             assert (ROOT / "recipes" / f"{recipe}.yaml").exists()
 
@@ -88,9 +90,15 @@ def test_the_adapter_in_the_docs_makes_rows_of_pictures_and_their_list(
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", TEXT[page]):
-        if "://" not in target:
-            assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", TEXT[page]):
+        if "://" in target:
+            continue
+        led = (page.parent / target).resolve() if target else page
+        assert led.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", led.read_text(encoding="utf-8"), re.MULTILINE)
+            known = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+            assert anchor in known, f"{target}#{anchor}"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +114,11 @@ def test_the_generated_pages_are_current(name: str, tmp_path: Path, monkeypatch:
 
 def test_every_environment_variable_in_the_code_is_documented() -> None:
     page = TEXT[ROOT / "docs/reference/environment.md"]
-    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    code = "\n".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("src", "flows", "tasks")
+        for path in (ROOT / folder).rglob("*.py")
+    )
     for name in sorted(set(re.findall(r"\"(HEADSTART_[A-Z_]+)\"", code))):
         assert f"`{name}`" in page, name
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from headstart import images
+from headstart.adapters import IMAGE_SUFFIXES
 from headstart.errors import HeadstartError
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -72,6 +73,13 @@ def test_a_file_and_its_bytes_give_the_same_pixels(tmp_path: Path) -> None:
         content = encoded(smooth(), kind)
         (tmp_path / f"picture.{kind}").write_bytes(content)
         assert (read(tmp_path / f"picture.{kind}") == read(content)).all()
+
+
+def test_every_kind_that_counts_as_a_picture_is_read() -> None:
+    kinds = Image.registered_extensions()
+    for suffix in IMAGE_SUFFIXES:
+        found = read(encoded(smooth(), kinds[suffix]))
+        assert distance(found, resized(smooth())) < 12, suffix
 
 
 def test_a_grey_picture_is_the_same_as_in_three_equal_channels() -> None:

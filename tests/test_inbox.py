@@ -21,7 +21,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from headstart import archives, batches, inbox
+from headstart import archives, batches, inbox, validation
+from headstart.batches import Kind
 from headstart.errors import HeadstartError
 from headstart.layout import Layout
 from headstart.recipe import Recipe
@@ -454,6 +455,18 @@ def test_a_new_class_is_welcome_once_the_recipe_names_it(tmp_path: Path) -> None
     assert take(recipe(TEXTS | {"classes": ["happy", "unhappy", "serene"]}), layout)["new"].empty
 
 
+def test_a_folder_of_a_single_class_keeps_its_class(tmp_path: Path) -> None:
+    layout = pictures(tmp_path)
+    examples.write_images(layout.inbox / "march", 1, seed=1)
+    shutil.rmtree(layout.inbox / "march/light")
+    (layout.inbox / "march/dark").rename(layout.inbox / "march/2024-03")
+    (layout.inbox / "march/dark").mkdir()
+    (layout.inbox / "march/2024-03").rename(layout.inbox / "march/dark/2024-03")
+    chosen = recipe(PICTURES)
+    assert take(chosen, layout)["march"].empty
+    assert batches.read(layout, "march", chosen.validate_)["label"].tolist() == ["dark"]
+
+
 def test_a_batch_without_any_row_of_use_says_why(tmp_path: Path) -> None:
     layout = pictures(tmp_path)
     (layout.inbox / "notes").mkdir(parents=True)
@@ -510,6 +523,48 @@ def test_late_labels_are_for_known_rows_that_have_none_or_the_same(tmp_path: Pat
     assert batches.names(layout) == ["one", "two"]
     drop(layout, "other.csv", "id,label\no2.png,light\n")  # it has come to have one
     assert take(recipe(PICTURES), layout)["other"]["rule"].tolist() == ["label_differs"]
+
+
+def test_what_a_late_label_named_it_names_for_ever(tmp_path: Path) -> None:
+    layout, chosen = pictures(tmp_path), recipe(PICTURES)
+
+    def camera(day: str, value: int) -> None:
+        (layout.inbox / day).mkdir(parents=True)
+        Image.new("L", (40, 40), value).save(layout.inbox / day / "0001.png")
+        assert take(chosen, layout)[day].empty
+
+    camera("monday", 10)
+    drop(layout, "labels.csv", "id,label\n0001.png,dark\n")
+    assert take(chosen, layout)["labels"].empty
+    camera("tuesday", 20)
+    rows = validation.labelled_late(
+        validation.completed(batches.everything(layout, chosen.validate_)), batches.late_labels(layout)
+    )
+    rows = rows[rows["batch"] != ""].set_index("batch")
+    assert rows.loc["monday", "label"] == "dark"
+    assert pd.isna(rows.loc["tuesday", "label"])
+
+
+@pytest.mark.parametrize(
+    ("came", "mended", "kind"),
+    [
+        ("id,label,note\na,happy,sure\n", "id,label\na,happy\n", "labels"),
+        ("id,label\nnobody,happy\n", "body,mood,shop\na new text,happy,a\n", "rows"),
+    ],
+)
+def test_a_batch_is_what_it_was_mended_to_be(tmp_path: Path, came: str, mended: str, kind: Kind) -> None:
+    layout = Layout(tmp_path, "case")
+    examples.write_texts(layout.raw / "t.csv")
+    table = pd.read_csv(layout.raw / "t.csv").assign(id=lambda rows: "row " + rows.index.astype(str))
+    table.loc[0, "id"], table.loc[0, "mood"] = "a", None
+    table.to_csv(layout.raw / "t.csv", index=False)
+    options = {**TEXTS, "columns": {**TEXTS["columns"], "id": "id"}} if kind == "labels" else TEXTS
+    drop(layout, "batch.csv", came)
+    assert not take(recipe(options), layout)["batch"].empty
+    (layout.quarantine / "batch/batch.csv").write_text(mended, encoding="utf-8")
+    (layout.quarantine / "batch/reasons.csv").unlink()
+    assert take(recipe(options), layout)["batch"].empty
+    assert batches.names(layout, kind) == ["batch"]
 
 
 # Kills

@@ -380,9 +380,13 @@ def test_a_server_that_waits_for_a_request_can_be_stopped_again(how: int) -> Non
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert "stopped\n" in iter(process.stdout.readline, "")
-        while process.poll() is None:
+        for _ in range(500):
+            if process.poll() is not None:
+                break
             process.send_signal(how)  # the first may come while uvicorn still returns
             time.sleep(0.1)
+        else:
+            process.kill()
     assert process.returncode == -how
 
 

@@ -86,7 +86,9 @@ def test_a_damaged_record_in_the_cache_is_not_trusted(server: Loopback, tmp_path
 def test_two_processes_download_once(server: Loopback) -> None:
     server.hold = 1000
     both = [in_process(f"{server.url}/data.zip", DIGEST) for _ in range(2)]
-    while not server.asked:
+    for _ in range(6000):
+        if server.asked:
+            break
         time.sleep(0.01)
     server.release.set()
     paths = {process.communicate(timeout=60)[0].strip() for process in both}

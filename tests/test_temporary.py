@@ -85,6 +85,24 @@ def test_projects_keep_prefects_records_apart_unless_it_is_configured(
     assert home("here") is None
 
 
+@pytest.mark.parametrize(
+    ("given", "spared"),
+    [
+        ({}, None),
+        ({"http_proxy": "http://proxy.example.com"}, "127.0.0.1,localhost"),
+        ({"http_proxy": "http://proxy.example.com", "no_proxy": "*", "NO_PROXY": "*"}, "*"),
+        ({"HTTPS_PROXY": "http://proxy", "NO_PROXY": "localhost, .corp"}, "localhost,.corp,127.0.0.1"),
+    ],
+)
+def test_a_proxy_is_not_asked_for_what_runs_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], spared: str | None
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path)} | given)
+    environment.prepare(tmp_path)
+    assert os.environ.get("no_proxy") == os.environ.get("NO_PROXY") == spared
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ["by itself", "killed"])
 def test_the_server_answers_and_ends_with_its_command(ending: str) -> None:

@@ -531,6 +531,38 @@ def test_pictures_of_every_usual_mode_are_fine_and_counted(tmp_path: Path) -> No
     assert counted["groups"] == counted["rows"] == 69
 
 
+@pytest.mark.parametrize(
+    ("top", "kind", "do"),
+    [
+        (255, np.uint16, "save them with 8 bits, or multiply their values by 256"),
+        (255, np.int32, "save them with 8 bits, or multiply their values by 256"),
+        (4095, np.uint16, "save them with 8 bits, or multiply their values by 16"),
+    ],
+)
+def test_pictures_of_fewer_bits_in_larger_files_are_refused_not_black(
+    top: int, kind: type, do: str, tmp_path: Path
+) -> None:
+    layout = pictures(tmp_path)
+    for i in range(3):
+        values = np.random.default_rng(i).integers(0, top, (48, 48)).astype(kind)
+        values[0, 0] = top - i
+        Image.fromarray(values).save(layout.raw / f"dark/deep-{i}.tif")
+    found = refused(recipe(PICTURES), layout)
+    assert found[["rule", "id", "value", "do"]].to_numpy().tolist() == [
+        ["full_range", "", f"values of 3 16-bit pictures end at {top} of 65535", do]
+    ]
+
+
+def test_a_dark_picture_among_others_of_16_bits_is_fine(tmp_path: Path) -> None:
+    layout = pictures(tmp_path)
+    for top in (255, 8192):
+        values = np.random.default_rng(top).integers(0, top + 1, (48, 48)).astype(np.uint16)
+        values[0, 0] = top
+        Image.fromarray(values).save(layout.raw / f"dark/deep-{top}.png")
+    validate(recipe(PICTURES), layout)
+    assert report(layout)["modes"] == {"I;16": 2, "RGB": 60}
+
+
 def test_a_picture_turned_by_its_camera_and_the_same_turned_for_good_are_near_duplicates(
     tmp_path: Path,
 ) -> None:
@@ -591,6 +623,30 @@ def test_numbers_for_labels_and_ids_become_names(tmp_path: Path, monkeypatch: py
     validate(recipe({"adapter": "adapter_of_numbers:rows", "near_duplicates": False}), layout)
     assert set(written(layout)["label"]) == {"0", "1"}
     assert "59" in set(written(layout)["id"])
+
+
+def test_a_gap_does_not_turn_the_names_of_classes_into_fractions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gap = "frame.assign(label=frame['label'].astype(float), left_out=['no label'] + [None] * 59)"
+    module = ADAPTER.replace("CHANGES", "{'label': None}").replace("return frame", f"return {gap}")
+    (tmp_path / "adapter_with_a_gap.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    layout = Layout(tmp_path, "case")
+    layout.raw.mkdir(parents=True)
+    validate(recipe({"adapter": "adapter_with_a_gap:rows", "near_duplicates": False}), layout)
+    assert set(written(layout)["label"]) == {"0", "1"}
+
+
+def test_a_class_that_is_1_here_and_1_0_there_is_refused(tmp_path: Path) -> None:
+    layout = texts(tmp_path)
+    swapped = [line.replace(",unhappy,", ",1,").replace(",happy,", ",0,") for line in lines(layout)]
+    rewrite(layout, [*swapped, "a word,1.0,a", "another,v1,a", "a third,v1.0,a"])
+    found = refused(recipe(TEXTS, min_rows_per_class=1), layout)
+    assert found[["rule", "value"]].to_numpy().tolist() == [["one_spelling", "1 and 1.0"]]
+    with pytest.raises(HeadstartError) as caught:  # for want of rows alone
+        validate(recipe(TEXTS, classes=["0", "1", "1.0", "v1", "v1.0"]), layout)
+    assert "one_spelling" not in str(caught.value)
 
 
 def test_a_row_without_a_group_does_not_join_the_group_of_its_number(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,21 @@ from headstart.recipe import Validate
 Adapter = Callable[[Path, Validate], pd.DataFrame]
 Columns = dict[str, list[Any]]
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+# Kinds of pictures that are not read: a class of these alone would vanish.
+UNREAD_SUFFIXES = {".dcm", ".exr", ".heic", ".heif", ".jp2", ".jxl", ".pgm", ".pnm", ".ppm", ".psd", ".tga"}
+UNREAD_SUFFIXES |= {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"}  # what cameras call raw
 NO_LABEL = "no label"  # why a row is left out; rows of a target domain need none
 NEUTRAL = "neutral: |mean rating| <= 0.5"
 NO_CLASS = "not an image in a class folder"
+UNREAD = "a file of a kind that is not read"
 TABLE_SUFFIXES = {".csv", ".tsv", ".parquet", ".jsonl"}
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "development"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+BATCHES = ".batches"  # in the source's folder, one for each batch that came after it
 QUOTED = re.compile(r'"(?:[^"]|"")*"')  # a cell that means what is inside, where two marks are one
 # Adapters whose groups are places in a list, and mean nothing outside of it.
 GROUPS_BY_POSITION = {"elpv"}
@@ -99,18 +105,22 @@ def _find(name: str) -> Adapter:
 def image_folder(raw: Path, options: Validate) -> pd.DataFrame:
     """Images in one folder per class, with or without train, val and test folders on top.
 
-    Images beside the class folders have no label. Wrapper folders are looked through; a split's name on one
-    counts for all that is inside. A folder called ``train`` that holds pictures, not folders, is a class like
-    any other.
+    Images beside the class folders have no label. Wrapper folders are looked through, but for one that is a
+    known class; a split's name on one counts for all that is inside. A folder called ``train`` that holds
+    pictures, not folders, is a class like any other, unless every class is called like a split.
+
+    Raises:
+        HeadstartError: file names that are not UTF-8; splits where classes should be; a class folder whose
+            pictures are all of kinds that are not read.
     """
-    top = _without_wrappers(raw)
-    around = [SPLIT_NAMES[part.lower()] for part in top.relative_to(raw).parts if part.lower() in SPLIT_NAMES]
-    given = {
-        folder.name: SPLIT_NAMES[folder.name.lower()]
-        for folder in _folders(top)
-        if folder.name.lower() in SPLIT_NAMES and _folders(folder)
-    }
+    classes = _known_classes(raw, options)
+    top = _without_wrappers(raw, classes)
+    around = [split for part in top.relative_to(raw).parts if (split := _split(part))]
+    given = _given(top)
+    _refuse_unknown_splits(top, given, classes)
     rows, unnameable = [], []
+    example: dict[str, str] = {}  # a picture of each class
+    used, unread = set[str](), defaultdict[str, set[str]](set)  # class folders
     for file in sorted(raw.rglob("*")):
         path = file.relative_to(raw)
         if any(_hidden(part) for part in path.parts) or not file.is_file():
@@ -121,10 +131,19 @@ def image_folder(raw: Path, options: Validate) -> pd.DataFrame:
         parts = file.relative_to(top).parts if file.is_relative_to(top) else ()
         split = given.get(parts[0]) if parts else None
         folders = parts[1:-1] if split else () if given else parts[:-1]
-        known = file.suffix.lower() in IMAGE_SUFFIXES
+        suffix = file.suffix.lower()
+        known = suffix in IMAGE_SUFFIXES
         bare = not folders and (len(parts) == 1 or split)  # where class folders would stand
         reason = None if known and folders else NO_LABEL if known and bare else NO_CLASS
         label = folders[0] if folders else None
+        if label:
+            place = "/".join(parts[: 2 if split else 1])
+            if known:
+                used.add(place)
+                example.setdefault(label, name)
+            elif suffix:
+                reason = f"{UNREAD}: {suffix}"
+                unread[place] |= {suffix} & UNREAD_SUFFIXES
         if around and not given and parts:
             split = around[-1]
         rows.append({"path": name, "label": label, "split": split, "left_out": reason})
@@ -135,16 +154,76 @@ def image_folder(raw: Path, options: Validate) -> pd.DataFrame:
             table=unnameable[:20],
             do="rename the files; `convmv` does it in bulk",
         )
+    if gone := {place: kinds for place, kinds in unread.items() if kinds and place not in used}:
+        raise HeadstartError(
+            "class folders hold pictures of kinds that are not read, and no others",
+            where=str(top),
+            table=[f"{place}: {', '.join(sorted(kinds))}" for place, kinds in gone.items()],
+            do="save the pictures as .png or .jpg, or take these folders away",
+        )
+    if len({_like_a_split(name) for name in example} - {None}) > 1 and all(map(_like_a_split, example)):
+        _refuse_splits(example, classes, raw, "put class folders inside them: train/CLASS/1.png")
     return pd.DataFrame(rows, columns=["path", "label", "split", "left_out"])
 
 
-def _without_wrappers(folder: Path) -> Path:
-    """The first folder inside that is more than a wrapper around one folder of folders."""
+def _known_classes(raw: Path, options: Validate) -> set[str]:
+    """Classes that are known beforehand: the recipe's, or those of the source that a batch came after."""
+    if options.classes or raw.parent.name != BATCHES:
+        return set(options.classes or ())
+    top = _without_wrappers(raw.parents[1])
+    given = _given(top)
+    folders = [inner for name in given for inner in _folders(top / name)] if given else _folders(top)
+    return {folder.name for folder in folders}
+
+
+def _without_wrappers(folder: Path, classes: Collection[str] = ()) -> Path:
+    """The first folder inside that is more than a wrapper around one folder of folders, which no class is."""
     inner = _folders(folder)
     pictures = any(file.suffix.lower() in IMAGE_SUFFIXES for file in _visible(folder))
-    if len(inner) != 1 or pictures or not _folders(inner[0]):
+    if len(inner) != 1 or inner[0].name in classes or pictures or not _folders(inner[0]):
         return folder
-    return _without_wrappers(inner[0])
+    return _without_wrappers(inner[0], classes)
+
+
+def _given(top: Path) -> dict[str, str]:
+    """Folders that are splits, as they hold folders, and which."""
+    return {
+        folder.name: split for folder in _folders(top) if (split := _split(folder.name)) and _folders(folder)
+    }
+
+
+def _split(name: str) -> str | None:
+    """The split that a folder of this name is: ``train``, ``Training_Set``, ``test-images``."""
+    return SPLIT_NAMES.get(re.sub(r"[ _-]?(set|images)$", "", name.lower()))
+
+
+def _like_a_split(name: str) -> str | None:
+    """The split that a folder of this name may be: ``seg_train``, ``val2017``, ``test data``."""
+    words = [name.lower(), *re.split(r"[\W\d_]+", name.lower())]
+    return next((split for word in words if (split := _split(word))), None)
+
+
+def _refuse_unknown_splits(top: Path, given: dict[str, str], classes: set[str]) -> None:
+    """Raise if folders hold the same class folders and are called like splits, but not quite."""
+    alike = {folder.name: split for folder in _folders(top) if (split := _like_a_split(folder.name))}
+    if len(set(alike.values())) < 2 or alike.keys() == given.keys():
+        return
+    inside = [{folder.name for folder in _folders(_without_wrappers(top / name))} for name in alike]
+    both = sorted(set.intersection(*inside))
+    if len(both) > 1:  # one folder of the same name may be anything
+        example = {name: f"{name}/{both[0]}" for name in alike}
+        _refuse_splits(example, classes, top, "call the splits train, val and test")
+
+
+def _refuse_splits(example: dict[str, str], classes: set[str], where: Path, do: str) -> None:
+    """Raise unless all these folders are known to be classes."""
+    if not classes.issuperset(example):
+        raise HeadstartError(
+            "folders that are called like splits would be classes",
+            where=str(where),
+            table=[f"{name}, as of {path}" for name, path in sorted(example.items())],
+            do=f"{do}; if they are classes, name all classes in `validate: classes:`",
+        )
 
 
 def table(raw: Path, options: Validate) -> pd.DataFrame:
@@ -152,7 +231,9 @@ def table(raw: Path, options: Validate) -> pd.DataFrame:
     files = [
         file
         for file in sorted(raw.rglob("*"))
-        if file.suffix.lower() in TABLE_SUFFIXES and not any(map(_hidden, file.relative_to(raw).parts))
+        if file.suffix.lower() in TABLE_SUFFIXES
+        and not file.is_dir()  # as Spark calls a folder of parts
+        and not any(map(_hidden, file.relative_to(raw).parts))
     ]
     if not files:
         raise HeadstartError(
@@ -234,8 +315,9 @@ def _content(file: Path, wanted: set[str]) -> tuple[list[str], Columns]:
         parquet = pq.ParquetFile(file)
         names = parquet.schema_arrow.names
         read = parquet.read(columns=[name for name in names if name.strip() in wanted])
-        columns = zip(read.column_names, read.columns, strict=True)
-        return names, {name.strip(): column.to_pylist() for name, column in columns}
+        columns = list(zip(read.column_names, read.columns, strict=True))
+        # Of two alike the first counts.
+        return names, {name.strip(): column.to_pylist() for name, column in reversed(columns)}
     text = _decode(file)
     if file.suffix.lower() == ".jsonl":
         return _json_lines(text, wanted)
@@ -258,12 +340,26 @@ def separator(file: Path, header: str, wanted: set[str]) -> str:
         file: its name tells a TSV.
         header: its first line.
         wanted: columns that it should have.
+
+    Raises:
+        HeadstartError: tabs separate a CSV file, which then lacks what is wanted.
     """
     if file.suffix.lower() == ".tsv":
         return "\t"
+    header = mojibake.windows(header)
+    by_commas, by_semicolons = ({name.strip(' \r"') for name in header.split(by)} for by in ",;")
     # Spreadsheets write semicolons where the comma is the decimal point.
-    semicolons = wanted <= {name.strip(' \r"') for name in header.split(";")} and ";" in header
-    return ";" if semicolons else ","
+    if ";" in header and wanted <= by_semicolons:
+        return ";"
+    if not wanted or wanted & by_commas:
+        return ","
+    # Whatever is wanted and not there, the error shall name the columns as they are.
+    most = max(",;\t", key=QUOTED.sub("", header).count)
+    if most == "\t":
+        raise HeadstartError(
+            "its columns are separated by tabs", where=str(file), do="let its name end in .tsv"
+        )
+    return most
 
 
 def a_row_a_line(lines: Iterable[str]) -> bool:
@@ -291,7 +387,7 @@ def _separated(
     csv.field_size_limit(sys.maxsize)  # a field may be a whole book
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)  # type: ignore[arg-type]
     rows = map(clean, reader)
-    names = [name.strip() for name in next(rows, [])]
+    names = [mojibake.windows(name).strip() for name in next(rows, [])]
     places = {name: names.index(name) for name in wanted if name in names}
     columns: Columns = {name: [] for name in places}
     try:

@@ -189,7 +189,18 @@ def _of_zip(path: Path) -> Iterator[Entry]:
             fault = "" if kind in {0, stat.S_IFREG, stat.S_IFDIR} else "a link or device"
             if info.flag_bits & 1:
                 fault = "an encrypted file"
-            yield Entry(info.filename, info.is_dir(), _opener(info, archive.open), fault, info.file_size)
+            yield Entry(_name(info), info.is_dir(), _opener(info, archive.open), fault, info.file_size)
+
+
+def _name(info: zipfile.ZipInfo) -> str:
+    """A zip's entry by its name: Info-ZIP and macOS write UTF-8 without the flag that says so."""
+    utf_8 = 0x800
+    if info.flag_bits & utf_8:
+        return info.filename
+    try:
+        return info.filename.encode("cp437").decode("utf-8")  # zipfile has read the bytes as cp437
+    except UnicodeError:
+        return info.filename
 
 
 def _of_tar(path: Path) -> Iterator[Entry]:

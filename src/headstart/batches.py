@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -17,7 +17,9 @@ from headstart import adapters
 from headstart.layout import Layout
 from headstart.recipe import Validate
 
-ABOUT = ".batch.json"  # in a batch: its number, in the order they came, and whether it holds rows or labels
+# In a batch: its number, in the order they came; once accepted, whether it holds rows or labels, and labels
+# also after which batches of rows they came.
+ABOUT = ".batch.json"
 LABEL_COLUMNS = {"id", "label"}
 
 Kind = Literal["rows", "labels"]
@@ -28,11 +30,17 @@ def names(layout: Layout, kind: Kind = "rows") -> list[str]:
     found = []
     for folder in layout.batches.iterdir() if layout.batches.is_dir() else ():
         if folder.is_dir() and not folder.name.startswith("."):
-            about = folder / ABOUT
-            told = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
+            told = about(folder)
             if told.get("kind", "rows") == kind:
                 found.append((told.get("number", 0), folder.name))
     return [name for _, name in sorted(found)]
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """What is noted of a batch."""
+    note = folder / ABOUT
+    told: dict[str, Any] = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+    return told
 
 
 def read(layout: Layout, name: str, options: Validate) -> pd.DataFrame:
@@ -67,13 +75,18 @@ def everything(layout: Layout, options: Validate) -> pd.DataFrame:
 
 
 def late_labels(layout: Layout) -> pd.DataFrame:
-    """What batches of labels say, in the order they came: ``id`` as they write it, ``label``, ``batch``."""
-    tables = [
-        adapters.columns(table, LABEL_COLUMNS).assign(batch=name)
-        for name in names(layout, "labels")
-        if (table := label_table(layout.batches / name)) is not None
-    ]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["id", "label", "batch"])
+    """What batches of labels say, in the order they came: ``id`` as they write it, ``label``, and ``after``.
+
+    The latter are the batches of rows that were there when the labels were accepted, among which, and in the
+    source, the id names a row.
+    """
+    tables = []
+    for name in names(layout, "labels"):
+        if (table := label_table(layout.batches / name)) is not None:
+            after = about(layout.batches / name).get("after")
+            labels = adapters.columns(table, LABEL_COLUMNS)
+            tables.append(labels.assign(after=pd.Series([after] * len(labels), dtype=object)))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["id", "label", "after"])
 
 
 def label_table(folder: Path) -> Path | None:

@@ -26,6 +26,7 @@ QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "TOKENIZERS_PARALLELISM": "true",
 }
+THIS_MACHINE = ("127.0.0.1", "localhost")
 # Files of a project that Prefect reads its settings from, and what stands in those that have any.
 PREFECTS_FILES = {"prefect.toml": "", ".env": "prefect_", "pyproject.toml": "[tool.prefect"}
 
@@ -82,6 +83,7 @@ def prepare(root: Path) -> None:
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    _spare_this_machine()
     if quiet():
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     # In one database two projects would share a work pool and the names of deployments: the worker of one
@@ -91,3 +93,17 @@ def prepare(root: Path) -> None:
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
+
+
+def _spare_this_machine() -> None:
+    """Send nothing to a proxy that is meant for a server on this machine.
+
+    Most libraries would: a company's proxy cannot reach what runs here, and a run waits for its own server
+    until it gives up.
+    """
+    if not any(name.lower() in {"http_proxy", "https_proxy", "all_proxy"} for name in os.environ):
+        return
+    told = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
+    spared = [name.strip() for name in told.split(",") if name.strip()]
+    if "*" not in spared:
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(dict.fromkeys([*spared, *THIS_MACHINE]))

@@ -50,3 +50,15 @@ class HeadstartError(Exception):
     def to_dict(self) -> dict[str, object]:
         """The error as JSON-ready values; ``HeadstartError(**d)`` is the way back."""
         return asdict(self) | {"table": list(self.table)}
+
+
+def unmade(what: str, error: FileNotFoundError, recipe: str, stage: str) -> HeadstartError:
+    """The error for a file that a stage of this recipe has not written yet.
+
+    pandas leaves the path in the message alone. A recipe that nobody has ingested is not known to DVC.
+    """
+    return HeadstartError(
+        what,
+        where=str(error.filename or error),
+        do=f"run `headstart ingest recipes/{recipe}.yaml`, then `dvc repro {stage}@{recipe}`",
+    )

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from headstart.calibration import Decision
-from headstart.errors import HeadstartError
+from headstart.errors import HeadstartError, unmade
 from headstart.layout import HIDDEN, Layout, written_whole
 from headstart.metrics import METRICS, Floats, calibration_bins, intervals
 from headstart.recipe import Evaluate, Recipe
@@ -102,11 +102,7 @@ def predictions(model: Path, truth: Path) -> tuple[pd.DataFrame, dict[str, Any],
         rows = pd.read_parquet(model / "predictions.parquet")
         described: dict[str, Any] = json.loads((model / "model.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise HeadstartError(
-            "there is nothing to evaluate yet",
-            where=str(error.filename),
-            do=f"run `dvc repro train@{model.name}`",
-        ) from None
+        raise unmade("there is nothing to evaluate yet", error, model.name, "train") from None
     target = rows["label"] == HIDDEN
     blind = described.get("adaptation", "") is None  # nothing was there to adapt to
     if target.any():

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from headstart import augmentation, backbones, devices, earlier, images, mojibake, packs, precision, texts
-from headstart.errors import HeadstartError
+from headstart.errors import HeadstartError, unmade
 from headstart.layout import Layout, sha256_of, unwritable_named, written_whole
 from headstart.packs import Pack, Sentences
 from headstart.precision import Arithmetic
@@ -445,11 +445,7 @@ def _rows(recipe: Recipe, layout: Layout) -> tuple[Any, list[Item], str]:
         digest = sha256_of(path)
         table = pd.read_parquet(path)
     except FileNotFoundError as error:
-        raise HeadstartError(
-            "there is no manifest",
-            where=str(error.filename),
-            do=f"run `dvc repro validate@{layout.recipe}`",
-        ) from None
+        raise unmade("there is no manifest", error, layout.recipe, "validate") from None
     if column not in table:
         raise HeadstartError(
             f"{recipe.fetch.backbone} reads {recipe.modality}s, but the rows hold none",

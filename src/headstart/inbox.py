@@ -141,14 +141,20 @@ def pending(layout: Layout) -> list[str]:
             if (layout.batches / folder.name).exists():  # it was copied there, from one disk to another
                 shutil.rmtree(folder)
             else:
-                found.append((_about(folder).get("number", 0), folder.name))
+                found.append((batches.about(folder).get("number", 0), folder.name))
     return [name for _, name in sorted(found)]
 
 
 def accept(layout: Layout, name: str) -> None:
-    """Put a batch beside the source's files."""
+    """Put a batch beside the source's files, as what it is by now: in quarantine it may have been mended."""
     source, target = layout.quarantine / name, layout.batches / name
+    about = batches.about(source) | {"kind": "rows"}
+    if batches.label_table(source) is not None:
+        about |= {"kind": "labels", "after": batches.names(layout)}
     with unwritable_named(target):
+        written = source / f"{batches.ABOUT}.partial"
+        written.write_text(json.dumps(about) + "\n", encoding="utf-8")
+        written.replace(source / batches.ABOUT)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             source.rename(target)
@@ -180,7 +186,7 @@ def check(recipe: Recipe, layout: Layout, name: str) -> pd.DataFrame:
         HeadstartError: the source or the batches before cannot be read.
     """
     folder, options = layout.quarantine / name, recipe.validate_
-    if fault := _about(folder).get("fault"):
+    if fault := batches.about(folder).get("fault"):
         return _table([tuple(fault)])
     before = batches.everything(layout, options)
     late = batches.late_labels(layout)
@@ -188,7 +194,10 @@ def check(recipe: Recipe, layout: Layout, name: str) -> pd.DataFrame:
     try:
         if (table := batches.label_table(folder)) is not None:
             return _check_labels(adapters.columns(table, batches.LABEL_COLUMNS), known, options)
-        came = batches.rows_of(folder, name, options)
+        asked = options
+        if options.adapter == "image_folder":  # it does not see the source here, whose classes it must know
+            asked = options.model_copy(update={"classes": _classes(known, options) or None})
+        came = batches.rows_of(folder, name, asked)
         rows = validation.completed(pd.concat([before, came], ignore_index=True))
     except HeadstartError as error:
         lines = [error.what, *error.table]
@@ -237,7 +246,7 @@ def _check_labels(labels: pd.DataFrame, known: pd.DataFrame, options: Validate) 
         faults.append((UNUSABLE, "", "no labels"))
     again = labels["id"].duplicated(keep="first")
     for i, (rows, name, label) in enumerate(
-        zip(validation.named(known, labels["id"]), labels["id"], labels["label"], strict=True)
+        zip(validation.named(known, labels), labels["id"], labels["label"], strict=True)
     ):
         place = f"row {i + 1}" if pd.isna(name) else str(name)
         if pd.isna(name) or pd.isna(label):
@@ -268,12 +277,6 @@ def _table(lines: Sequence[tuple[str, ...]]) -> pd.DataFrame:
 
 
 # Quarantine
-
-
-def _about(folder: Path) -> dict[str, Any]:
-    about = folder / batches.ABOUT
-    told: dict[str, Any] = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
-    return told
 
 
 def _unique(name: str, layout: Layout, named: set[str]) -> str:
@@ -321,10 +324,8 @@ def _copy(  # noqa: PLR0917  # all that it is made of
         if (content / REASONS).exists():  # that name says that a batch is rejected
             _set_aside(content / REASONS)
         folders = [folder for parent in (layout.quarantine, layout.batches) for folder in parent.glob("*")]
-        number = 1 + max((_about(folder).get("number", 0) for folder in folders), default=0)
-        about = {"number": number, "kind": "rows", "entry": name} | ({"fault": fault} if fault else {})
-        with contextlib.suppress(HeadstartError):
-            about["kind"] = "rows" if batches.label_table(content) is None else "labels"
+        number = 1 + max((batches.about(folder).get("number", 0) for folder in folders), default=0)
+        about = {"number": number, "entry": name} | ({"fault": fault} if fault else {})
         (content / batches.ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
         same = inbox.fingerprint(name) == fingerprint
         if same:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from headstart import adapters, batches, drift, mojibake, promotion, scoring, stores, trials, validation
+from headstart import adapters, batches, drift, mojibake, promotion, registry, scoring, stores, trials, validation
 from headstart.drift import Drift, Side
 from headstart.errors import HeadstartError
 from headstart.evaluation import positions
@@ -141,7 +141,7 @@ def monitor(recipe: Recipe, layout: Layout, inputs: Sequence[str] | None = None)
     if champion is None:
         return f"{name} has no champion yet, so there is nothing to compare with"
     # Looked up before the model is loaded, which takes seconds.
-    seen = _batches_of(promotion.tags(client, name, champion))
+    seen = registry.batches_of(client.get_model_version(name, champion))
     news = [each for each in batches.names(layout) if each not in seen]
     if not inputs and not news:
         return f"no batch has come since the data of {name} version {champion}"
@@ -214,12 +214,6 @@ def log(recipe: Recipe, layout: Layout, found: Monitored, page: Path) -> None:
         client.set_terminated(run)
 
 
-def _batches_of(tags: dict[str, str]) -> list[str]:
-    """Batches that a version's data had; of a version older than batches, none."""
-    named: list[str] = json.loads(tags.get(promotion.BATCHES, "[]"))
-    return named
-
-
 def _known(recipe: Recipe, layout: Layout, seen: Sequence[str], most: int) -> tuple[Rows, list[str]]:
     """Held-out rows of the data that the champion had, and a digest of what is in each."""
     rows, aside = trials.manifest(layout, "the rows that the champion knows are missing")
@@ -238,17 +232,12 @@ def _known(recipe: Recipe, layout: Layout, seen: Sequence[str], most: int) -> tu
 
 def _arrived(recipe: Recipe, layout: Layout, names: Sequence[str], most: int) -> Rows:
     """Rows of batches, with the labels that have come for them since."""
-    options = recipe.validate_
-    frame = pd.concat([batches.read(layout, name, options) for name in names], ignore_index=True)
-    frame = validation.completed(frame)
-    late = batches.late_labels(layout)
-    labels = frame["label"].fillna(HIDDEN).tolist()
-    for places, label in zip(validation.named(frame, late["id"]), late["label"], strict=True):
-        for place in places:
-            labels[place] = labels[place] or label
+    everything = validation.completed(batches.everything(layout, recipe.validate_))
+    frame = validation.labelled_late(everything, batches.late_labels(layout))
     # What has no label is no worse for it; what is left out for another reason is so in training, too.
     usable = frame["left_out"].isna() | (frame["left_out"] == adapters.NO_LABEL)
-    rows = frame.assign(label=labels)[usable]
+    rows = frame[usable & frame["batch"].isin(names)]
+    rows = rows.assign(label=rows["label"].fillna(HIDDEN))
     rows = rows.iloc[_sampled(rows["id"], most)]
     return Rows(
         rows["id"].tolist(),

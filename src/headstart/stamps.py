@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from headstart.errors import HeadstartError
+from headstart.errors import HeadstartError, unmade
 from headstart.layout import REGISTERED, Layout, sha256_of
 from headstart.recipe import Recipe
 
@@ -86,11 +86,7 @@ def take(recipe: Recipe, layout: Layout) -> dict[str, Any]:
             "classes": recipe.validate_.classes,
         } | ({"registered": sha256_of(brought)} if brought.exists() else {})
     except FileNotFoundError as error:
-        raise HeadstartError(
-            "what training reads is missing",
-            where=str(error.filename),
-            do=f"run `dvc repro features@{layout.recipe}`",
-        ) from None
+        raise unmade("what training reads is missing", error, layout.recipe, "features") from None
 
 
 def key(stamps: dict[str, Any]) -> str:

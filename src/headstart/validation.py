@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,10 @@ TIES = "repeats earlier rows of another split"
 SHOWN_PER_RULE = 20
 DECODERS = 2  # Pillow decodes without holding the interpreter's lock
 PICTURES_AT_ONCE = 1000
+# Of a 16-bit picture the upper eight bits count. Cameras and scanners with 8 or 12 bits fill files of 16 from
+# below: values that all end below an eighth of the range leave at most 32 of 256 greys. One picture may be
+# that dark; if all of them are, hardly anything in them would be seen.
+DEEPEST, LOW_RANGE = 65535, 1 << 13
 # A class is far off in a split if its rows differ by more than a quarter, and by more than 5, from what
 # the class's share of all rows would give.
 FAR_OFF, FAR_OFF_ROWS = 0.25, 5
@@ -61,7 +66,7 @@ def validate(recipe: Recipe, layout: Layout) -> None:
             do="check the data and the adapter",
         )
     content = "text" if "text" in frame else "path"
-    broken = schemas.failures(kept, options)
+    broken = pd.concat([schemas.failures(kept, options), _spelt_twice(kept["label"], options)])
     contents = kept[content].fillna("").tolist()
     extra: dict[str, object] = {}
     if content == "path":
@@ -134,7 +139,8 @@ def completed(frame: pd.DataFrame) -> pd.DataFrame:
     filled = pd.DataFrame({"batch": frame["batch"]}, index=frame.index)
     for column in ("label", content, *OPTIONAL):
         values = frame[column].tolist() if column in frame else [None] * len(frame)
-        strings = [None if pd.isna(value) else str(value) for value in values]
+        as_text = str if column in {content, "original"} else adapters.as_text
+        strings = [None if pd.isna(value) else as_text(value) for value in values]
         filled[column] = pd.Series(strings, dtype="str", index=frame.index)
     filled["label"] = filled["label"].replace("", None)  # in a manifest that is a label put aside
     unlabelled = filled["label"].isna() & filled["left_out"].isna() & (filled["batch"] != "")
@@ -158,14 +164,40 @@ def completed(frame: pd.DataFrame) -> pd.DataFrame:
     return filled
 
 
-def named(frame: pd.DataFrame, ids: pd.Series) -> list[list[int]]:
-    """Positions of the rows that each id names: the row's own, or else its path within its batch."""
+def _spelt_twice(labels: pd.Series, options: Validate) -> pd.DataFrame:
+    """A failure for each class that is a whole number, and elsewhere the same number with a fraction.
+
+    Tables of texts hold both where one of them was written by a program that turns a column with a gap into
+    floats.
+    """
+    names = set() if options.classes else set(labels.dropna())  # the recipe says what is a class
+    twice = sorted(name for name in names if re.fullmatch(r"-?\d+\.0", name) and name[:-2] in names)
+    do = "write it in one way, or name all classes in `validate: classes:`"
+    cases = [("one_spelling", "", f"{name[:-2]} and {name}", do) for name in twice]
+    return pd.DataFrame(cases, columns=schemas.COLUMNS)
+
+
+def named(frame: pd.DataFrame, labels: pd.DataFrame) -> list[list[int]]:
+    """Positions of the rows that each ``id`` names: the row's own, or else its path within its batch.
+
+    What an id named when it came it names for ever: where labels have a column ``after``, the batches of rows
+    that were there by then, rows of others are not looked at.
+    """
     whole, within = defaultdict(list), defaultdict(list)
-    for i, (row, batch) in enumerate(zip(frame["id"], frame["batch"], strict=True)):
+    of_row = frame["batch"].tolist()
+    for i, (row, batch) in enumerate(zip(frame["id"], of_row, strict=True)):
         whole[row].append(i)
         if batch:
             within[row.removeprefix(f".batches/{batch}/")].append(i)
-    return [whole.get(name) or within.get(name) or [] for name in ids]
+    found = []
+    after = labels["after"] if "after" in labels else [None] * len(labels)
+    for name, there in zip(labels["id"], after, strict=True):
+        both = (
+            [i for i in rows.get(name, []) if there is None or of_row[i] in {"", *there}]
+            for rows in (whole, within)
+        )
+        found.append(next(filter(None, both), []))
+    return found
 
 
 def labelled_late(frame: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
@@ -173,7 +205,7 @@ def labelled_late(frame: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
     if labels.empty:
         return frame
     known, left_out = frame["label"].tolist(), frame["left_out"].tolist()
-    for rows, label in zip(named(frame, labels["id"]), labels["label"], strict=True):
+    for rows, label in zip(named(frame, labels), labels["label"], strict=True):
         if len(rows) == 1 and pd.isna(known[rows[0]]):
             known[rows[0]] = label
             if left_out[rows[0]] == adapters.NO_LABEL:
@@ -265,11 +297,12 @@ class Pictures:
 
 
 def look_at(raw: Path, paths: list[str], min_side: int) -> Pictures:
-    """Open every picture, once."""
+    """Open every picture, once; of 16-bit ones the range that all of them use is looked at as well."""
     side = duplicates.THUMBNAIL
     thumbnails = np.zeros((len(paths), side, side), np.uint8)
     digests: list[str] = []
     broken = []
+    deep: list[int] = []  # largest values of pictures with 16 bits
     modes: Counter[str] = Counter()
     animated = 0
     with (
@@ -287,9 +320,16 @@ def look_at(raw: Path, paths: list[str], min_side: int) -> Pictures:
                     thumbnails[i] = look.thumbnail
                     modes[look.mode] += 1
                     animated += look.frames > 1
+                    deep += [] if look.largest is None else [look.largest]
                 else:
                     broken.append((look[0], path, *look[1:]))
                 digests.append(look.digest if isinstance(look, Look) else "")
+    if deep and (largest := max(deep)) < LOW_RANGE:
+        factor = (DEEPEST + 1) >> max(8, largest.bit_length())
+        found = f"values of {len(deep)} 16-bit pictures end at {largest} of {DEEPEST}"
+        broken.append(
+            ("full_range", "", found, f"save them with 8 bits, or multiply their values by {factor}")
+        )
     table = pd.DataFrame(broken, columns=schemas.COLUMNS)
     return Pictures(digests, thumbnails, table, dict(sorted(modes.items())), animated)
 
@@ -302,6 +342,7 @@ class Look:
     thumbnail: np.ndarray
     mode: str
     frames: int
+    largest: int | None = None  # value, if it has 16 bits
 
 
 def _look(path: Path, min_side: int) -> Look | tuple[str, str, str]:
@@ -322,13 +363,14 @@ def _look(path: Path, min_side: int) -> Look | tuple[str, str, str]:
                 return "large_enough", size, f"at least {min_side} pixels a side"
             if mode == "F":  # nothing says which number is white
                 return "known_mode", f"mode {mode}", "save the picture with 8 or 16 bits a channel"
-            upright = ImageOps.exif_transpose(image)
+            upright, largest = ImageOps.exif_transpose(image), None
             if mode.startswith("I"):  # 16 bits: Pillow itself would make everything above 255 white
-                upper = np.asarray(upright).astype(np.int64).clip(0, 65535) >> 8
-                upright = Image.fromarray(upper.astype(np.uint8))
+                values = np.asarray(upright).astype(np.int64).clip(0, DEEPEST)
+                largest = int(values.max())
+                upright = Image.fromarray((values >> 8).astype(np.uint8))
             side = duplicates.THUMBNAIL
             grey = upright.convert("RGB").convert("L").resize((side, side), Image.Resampling.BILINEAR)
-            return Look(hashlib.sha256(data).hexdigest(), np.asarray(grey), mode, frames)
+            return Look(hashlib.sha256(data).hexdigest(), np.asarray(grey), mode, frames, largest)
     except UnidentifiedImageError:
         return "decodes", f"not a picture ({len(data)} bytes)", replace
     except Exception as error:  # decoders raise what they like on a damaged file
@@ -378,12 +420,11 @@ def _in_splits(
         earlier: splits of rows that were there before.
     """
     came, group = pd.factorize(kept["batch"])[0], pd.factorize(kept["group"])[0]
-    of_batch = kept.groupby("batch")["split"]
-    has_test = of_batch.transform(lambda split: (split == "test").any()).astype(bool)
     batch = (kept["batch"] != "").to_numpy()
-    given = kept["split"].where(batch | has_test | (kept["split"] != "val"), "test")
-    judged = given.groupby(kept["batch"]).transform(lambda split: (split == "test").any()).to_numpy(bool)
-    judged = judged | (batch & given.notna().to_numpy())
+    given = kept["split"].copy()
+    if not (given[~batch] == "test").any():
+        given[~batch & (given == "val")] = "test"
+    judged = np.where(batch, given.notna(), (given[~batch] == "test").any())
     # A group that came before has a split.
     fixed = judged & (came == pd.Series(came).groupby(group).transform("min").to_numpy())
     held = kept["id"].map(earlier).map(splits.PROTECTED) > given.map(splits.PROTECTED)
