@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from headstart.augmentation import augmented, mixed, views
+from headstart.augmentation import augmented, mixed, strong, views, weak
 from headstart.recipe import Augment
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -338,6 +338,17 @@ def test_both_together_multiply_what_was_stretched() -> None:
 
 
 # --- Nothing.
+
+
+@pytest.mark.parametrize("own", [Augment(), Augment(**FLIPS), EVERYTHING, Augment(crop=0.08, brightness=0.8)])
+def test_a_weak_view_is_flipped_and_turned_alone_and_a_strong_one_changed_more_than_it(own: Augment) -> None:
+    little, much = weak(own), strong(own)
+    for name in FLIPS:
+        assert getattr(little, name) == getattr(much, name) == getattr(own, name)
+    assert (little.crop, little.brightness, little.contrast) == (1, 0, 0)
+    assert much.crop == min(own.crop, 0.7)
+    assert much.brightness == max(own.brightness, 0.3)
+    assert much.contrast == max(own.contrast, 0.3)
 
 
 def test_without_options_the_pictures_themselves_come_back() -> None:

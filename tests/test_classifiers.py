@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import DropPath
 from torch import nn
+from torchvision.ops import StochasticDepth
+from transformers import XLMConfig, XLMModel
 
 from headstart import features, packs
-from headstart.classifiers import NORMS, Classifier
+from headstart.classifiers import NORMS, Classifier, _drop_out
 from headstart.errors import HeadstartError
 from headstart.heads import Head
 from headstart.layout import sha256_of
@@ -265,6 +268,27 @@ def test_weights_are_trained_whoever_multiplies_by_them(
     pixels, _ = tuning.pictures()
     classifier(torch.from_numpy(pixels.batch(ROWS[:2])[0])).logsumexp(dim=1).sum().backward()
     assert [name for name, parameter in classifier.trained() if parameter.grad is None] == []
+
+
+def test_no_branch_of_a_backbone_drops_out_unless_asked(swin: Path) -> None:
+    pixels = torch.from_numpy(tuning.pictures()[0].batch(ROWS[:8])[0])
+    quiet = Classifier(swin, OPTIONS, choices(dropout=0.0), 3).train()
+    assert torch.equal(quiet(pixels), quiet(pixels))
+    for share in (None, 0.3):
+        lively = Classifier(swin, OPTIONS, choices(backbone_dropout=share, dropout=0.0), 3).train()
+        rates = [module.p for module in lively.modules() if isinstance(module, StochasticDepth)]
+        assert max(rates) == pytest.approx(0.2)  # as torchvision made it
+        assert not torch.equal(lively(pixels), lively(pixels))
+
+
+def test_whatever_a_library_calls_it_nothing_drops_out() -> None:
+    config = XLMConfig(vocab_size=20, emb_dim=8, n_layers=1, n_heads=2)
+    text, picture = XLMModel(config).train(), DropPath(0.5)
+    ids = torch.arange(3, 15)[None]
+    assert not torch.equal(*(text(ids)[0] for _ in range(2)))
+    _drop_out(nn.ModuleList([text, picture]), 0.0)
+    assert torch.equal(*(text(ids)[0] for _ in range(2)))
+    assert picture.drop_prob == 0
 
 
 def test_a_frozen_layer_that_is_never_called_is_not_waited_for(swin: Path) -> None:

@@ -30,9 +30,11 @@ from transformers import (
     RobertaModel,
     ViTConfig,
     ViTModel,
+    XLNetConfig,
+    XLNetModel,
 )
 
-from headstart import backbones
+from headstart import backbones, texts
 from headstart.errors import HeadstartError
 from headstart.fetching import fetch
 from headstart.heads import Head
@@ -611,6 +613,19 @@ def test_a_roberta_gets_no_more_tokens_than_it_has_places_for(tmp_path: Path) ->
     ids = torch.full((1, longest), 5)
     with torch.inference_mode():
         assert network(input_ids=ids, attention_mask=torch.ones_like(ids))[0].shape == (1, 32, 24)
+
+
+def test_an_xlnet_reads_texts_of_any_length(tmp_path: Path) -> None:
+    folder = bert(tmp_path)
+    (folder / "tokenizer_config.json").unlink()
+    config = XLNetConfig(vocab_size=80, d_model=24, n_layer=1, n_head=2, d_inner=48)
+    assert config.max_position_embeddings == -1
+    XLNetModel(config).save_pretrained(folder)
+    found = fetched(tmp_path, "transformers:xlnet", folder)
+    longest = spec(found)["preprocessing"]["max_tokens"]
+    assert longest >= 2**20
+    tokens = texts.tokenise(["a zebra " * 100], found.weights / "tokenizer.json", min(128, longest))
+    assert tokens.lengths.tolist() == [128]
 
 
 def test_the_tokenizers_own_limit_counts_too(tmp_path: Path) -> None:

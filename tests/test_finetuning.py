@@ -342,6 +342,68 @@ def test_a_step_aligns_with_as_many_rows_of_the_target_and_meets_all_of_them(eff
     assert not np.array_equal(np.concatenate(seen[:2]), np.concatenate([run._of_target(8, 1)] * 2))
 
 
+def test_rows_of_the_target_are_named_by_a_weak_view_and_learned_by_a_stronger_one(
+    efficientnet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"horizontal_flip": True, "crop": 0.3, "contrast": 0.9}
+    run = tuning.case(efficientnet, Train(**ALIGNING | {"alignment": "consistency", "augment": own}))
+    seen = []
+    augmented = augmentation.augmented
+
+    def watched(pixels: torch.Tensor, options: recipe.Augment, *given: Any) -> torch.Tensor:
+        seen.append(options)
+        return augmented(pixels, options, *given)
+
+    monkeypatch.setattr(augmentation, "augmented", watched)
+    run.learn(run.order(0)[0], 0, 1.0)
+    source, weak, strong = seen
+    assert source == recipe.Augment(**own)
+    assert weak == recipe.Augment(horizontal_flip=True)
+    assert strong == recipe.Augment(**own | {"brightness": 0.3})
+
+
+LIVE: list[dict[str, Any]] = [
+    {"batch_norm": "updated", "batch": 11},  # of 56 rows one is left over
+    {"batch_norm": "updated", "batch": 13, "method": "domain_adaptation", "tune": True, "alignment": "mmd"},
+    {"batch_norm": "updated", "batch": 15, "method": "domain_adaptation", "tune": True, "alignment": "mmd"},
+    {"source_free": "entropy", "batch": 11, "method": "domain_adaptation"},
+]
+
+
+@pytest.mark.parametrize("more", LIVE)
+def test_a_row_left_over_is_no_batch_for_statistics_to_follow(more: dict[str, Any], resnet: Path) -> None:
+    """The last map of these pictures is of one place: a row alone has no variance."""
+    run = tuning.case(resnet, Train(**QUICK | {"epochs": 1} | more))
+    assert min(map(len, run.order(0))) > 1
+    assert len(run.run().steps) == run.per_epoch == len(run.order(0))
+    assert tuning.case(resnet, Train(**QUICK | {"batch": 11})).per_epoch == 6  # statistics stay: it may be
+
+
+def test_no_part_of_a_batch_is_too_small_for_statistics_to_follow(resnet: Path) -> None:
+    run = tuning.case(resnet, Train(**QUICK | {"batch_norm": "updated"}))
+    run.micro = 4
+    assert isfinite(run.learn(tuning.TRAIN[:9], 0, 1.0)["loss"])
+
+    def too_large(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run.classifier.register_forward_pre_hook(too_large)
+    with pytest.raises(HeadstartError, match="does not fit into memory"):
+        run.learn(tuning.TRAIN[:9], 0, 1.0)
+    assert run.micro == 2
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 56), (8, 1)])
+def test_statistics_cannot_follow_single_rows(
+    batch: int, rows: int, resnet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "TRAIN", np.arange(rows))
+    tuning.case(resnet, Train(**QUICK | {"batch": batch}))
+    with pytest.raises(HeadstartError, match="cannot follow batches of a single row") as caught:
+        tuning.case(resnet, Train(**QUICK | {"batch_norm": "updated", "batch": batch}))
+    assert caught.value.where == f"train.batch: {batch}; {rows} rows to learn from"
+
+
 FREE: dict[str, Any] = QUICK | {"method": "domain_adaptation", "dropout": 0.0}
 
 

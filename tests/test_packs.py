@@ -106,6 +106,28 @@ def test_an_order_has_every_row_once_in_full_batches_but_one(make: Any, batch: i
 
 
 @KINDS
+@pytest.mark.parametrize(
+    ("rows", "batch", "sizes"),
+    [
+        (33, 16, [16, 17]),
+        (34, 16, [2, 16, 16]),
+        (32, 16, [16, 16]),
+        (1, 16, [1]),
+        (201, 4, [4] * 49 + [5]),  # of texts, a row more than a pool
+        (3, 2, [3]),
+    ],
+)
+def test_a_row_left_over_joins_another_batch_where_two_are_the_least(
+    make: Any, rows: int, batch: int, sizes: list[int]
+) -> None:
+    pack: Pack = make()
+    found = pack.order(np.arange(rows), batch, np.random.default_rng(0), 2)
+    assert sorted(np.concatenate(found).tolist()) == list(range(rows))
+    assert sorted(map(len, found)) == sizes
+    assert len(found) == len(packs.cut(np.arange(rows), batch, 2))
+
+
+@KINDS
 def test_an_order_depends_on_the_state_of_chance_alone(make: Any) -> None:
     pack: Pack = make()
     rows = np.arange(300)

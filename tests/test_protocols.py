@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from math import sqrt
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -151,6 +152,19 @@ def test_labels_of_a_target_score_and_do_nothing_else(tmp_path: Path) -> None:
     flipped = adapt_each_pair(cached.recipe(), layout).iloc[0]
     assert flipped["accuracy"] == pytest.approx(1 - honest["accuracy"])
     assert flipped[["chosen", "expected"]].tolist() == honest[["chosen", "expected"]].tolist()
+
+
+def test_a_domain_without_rows_of_a_class_to_compare_by_is_named_before_any_pair_is_adapted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = cached.manifest()
+    west = table["domain"] == "west"
+    table.loc[west, "label"] = np.where(table.loc[west, "group"] == "group-0", "yes", "no")
+    layout = cached.write(tmp_path, table)
+    monkeypatch.setattr(protocols, "source_of", Mock(side_effect=AssertionError("it has begun")))
+    with pytest.raises(HeadstartError, match="no validation rows of yes") as caught:
+        adapt_each_pair(cached.recipe(), layout)
+    assert caught.value.where == "domain west"
 
 
 def test_pairs_without_labels_to_score_by_are_refused(tmp_path: Path) -> None:

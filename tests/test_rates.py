@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from headstart import rates
+from headstart import augmentation, rates
 from headstart.errors import HeadstartError
 from headstart.recipe import Train
 from tests import tuning
@@ -52,6 +52,21 @@ def test_the_fastest_layer_has_the_rate_and_the_others_keep_their_ratio(weights:
         [rate / max(run.rates) for rate in run.rates]
     )
     assert len(set(found)) > 3
+
+
+def test_what_is_random_differs_from_step_to_step(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tuning.case(weights, choices(mixup=0.4))
+    blended: list[int] = []
+    mixed = augmentation.mixed
+
+    def watched(*given: Any) -> Any:
+        blended.append(given[-1])
+        return mixed(*given)
+
+    monkeypatch.setattr(augmentation, "mixed", watched)
+    rates.sweep(run, low=1e-6, high=1e-5, steps=3)
+    assert blended == [0, 1, 2]
+    assert [line["step"] for line in run.history.steps] == [1, 2, 3]
 
 
 def test_the_mean_is_not_drawn_to_where_it_starts(weights: Path) -> None:

@@ -65,10 +65,61 @@ def grouped(**keys: Any) -> tuple[list[dict[str, Any]], Network, nn.Linear]:
         ("features.denseblock1.denselayer2.conv1.weight", "features.denseblock1"),
         ("features.transition1.conv.weight", "features.transition1"),
         ("trunk_output.block1.block1-0.f.a.0.weight", "trunk_output.block1.block1-0"),
+        ("inception3a.branch1.conv.weight", "inception3a"),
+        ("inception3a.branch2.0.conv.weight", "inception3a"),
+        ("inception3a.branch2.1.bn.bias", "inception3a"),
+        ("mixed_5b.branch1.1.conv.weight", "mixed_5b"),
+        ("Mixed_7c.branch3x3_2a.conv.weight", "Mixed_7c"),
+        ("repeat_1.17.branch1.2.conv.weight", "repeat_1.17"),
+        ("block3.rep.4.conv1.weight", "block3"),
+        ("s1.b1.downsample.1.weight", "s1"),
+        ("crpe2.conv_list.0.weight", "crpe2"),
+        ("serial_blocks2.1.mlp.fc1.weight", "serial_blocks2.1"),
+        ("level3.tree1.project.0.weight", "level3"),
+        ("transformer.layer.5.ffn.lin1.weight", "transformer.layer.5"),
+        ("stages.2.blocks.8.norm.weight", "stages.2"),
+        ("0.weight", "0"),
     ],
 )
 def test_a_parameter_belongs_to_the_layer_that_its_name_says(name: str, layer: str) -> None:
     assert schedules.layer_of(name) == layer
+
+
+class Inception(nn.Module):
+    """Blocks with branches side by side, of which only some are numbered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("conv1", "inception3a", "inception3b"):
+            branches = {"branch1": nn.Conv2d(1, 1, 1), "branch2": nn.Sequential(nn.Conv2d(1, 1, 1))}
+            self.add_module(name, nn.ModuleDict(branches) if name != "conv1" else nn.Conv2d(1, 1, 1))
+
+
+class Encoder(nn.Module):
+    """A place and a norm around the blocks, named as torchvision names its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Module()
+        self.encoder.pos_embedding = nn.Parameter(torch.zeros(1, 2))
+        self.encoder.layers = nn.ModuleDict({f"encoder_layer_{i}": nn.Linear(2, 2) for i in range(2)})
+        self.encoder.ln = nn.LayerNorm(2)
+
+
+@pytest.mark.parametrize(
+    ("network", "depths"),
+    [
+        (Inception(), [3] * 2 + [2] * 4 + [1] * 4),
+        (Encoder(), [4, 3, 3, 2, 2, 1, 1]),
+    ],
+)
+def test_branches_share_a_layer_and_what_follows_the_blocks_is_one_of_its_own(
+    network: nn.Module, depths: list[int]
+) -> None:
+    head = nn.Linear(2, 2)
+    found = schedules.groups(network.named_parameters(), head.named_parameters(), choices(), "image")
+    depth = {id(parameter): group["depth"] for group in found for parameter in group["params"]}
+    assert [depth[id(parameter)] for parameter in network.parameters()] == depths
 
 
 def test_every_layer_learns_slower_than_the_one_behind_it() -> None:

@@ -4,13 +4,14 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
-from headstart import adaptation, stamps
+from headstart import adaptation, domains, stamps
 from headstart.errors import HeadstartError
 from headstart.evaluation import evaluate
 from headstart.examples import class_factors, soft_targets
@@ -357,6 +358,39 @@ def test_a_target_without_rows_is_an_error(tmp_path: Path) -> None:
     cached.write(tmp_path, table)
     with pytest.raises(HeadstartError, match="the target domain has no rows to adapt to"):
         train(cached.adapting(), layout)
+
+
+def test_validation_rows_without_a_class_cannot_tell_a_shift_and_are_named(tmp_path: Path) -> None:
+    layout, _ = cached.shifted(tmp_path)
+    table = pd.read_parquet(layout.manifest / "manifest.parquet")
+    table.loc[(table["domain"] == "east") & (table["split"] == "val"), "label"] = "no"
+    cached.write(tmp_path, table)
+    with pytest.raises(HeadstartError, match="no validation rows of yes") as caught:
+        train(cached.adapting(), layout)
+    assert caught.value.where == "domain east"
+
+
+def test_the_shares_of_the_classes_are_handed_down_where_no_row_of_the_source_tells_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = cached.write(tmp_path, cached.manifest().assign(domain="west", label=""))
+    given = layout.weights / "registered"
+    given.mkdir()
+    Head(*(np.ones(shape, np.float32) for shape in ((2, 8), (2,), (8,), (8,)))).save(
+        given / "head.safetensors"
+    )
+    (given / "features.json").write_text("{}")
+    (given / "model.json").write_text(json.dumps({"classes": cached.CLASSES, "shares": [0.2, 0.8]}))
+    made = Mock(said={}, publish=lambda folder, rows: np.full((len(rows), 2), 0.5))
+    monkeypatch.setattr(domains, "tuning_of", Mock())
+    monkeypatch.setattr(domains, "Tuned", Mock(return_value=made))
+    recipe = cached.recipe(
+        validate={"adapter": "table", "target_domain": "west"},
+        features={"packed": True},
+        train={"method": "domain_adaptation", "source_free": "hypothesis_transfer"},
+    )
+    train(recipe, layout)
+    assert model(layout)["shares"] == [0.2, 0.8]
 
 
 def test_before_any_row_of_the_target_has_come_the_model_is_the_sources(tmp_path: Path) -> None:

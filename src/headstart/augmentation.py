@@ -19,7 +19,7 @@ from headstart.recipe import Augment
 
 Words = NDArray[np.uint64]
 HORIZONTAL, VERTICAL, TURNS, BRIGHTNESS, CONTRAST, AREA, ASPECT, TOP, LEFT = range(9)  # one draw for each
-MUCH = {"crop": 0.7, "brightness": 0.3, "contrast": 0.3}  # beside what a recipe has
+CROP, CHANGE = 0.7, 0.3  # what may happen at least to a picture that is changed much
 ASPECT_MOST = 4 / 3  # of a crop, and its inverse the least, as in Szegedy et al. 2015
 
 
@@ -54,6 +54,22 @@ def augmented(pixels: Tensor, options: Augment, seed: int, epoch: int, rows: NDA
         values = torch.addcmul(mean * (1 - factors[1]) * factors[0], values, factors[1] * factors[0])
         pixels = values.round_().clamp_(0, 255).to(torch.uint8)
     return pixels
+
+
+def weak(options: Augment) -> Augment:
+    """What may happen to a picture that is to be named by itself: flips and turns, as in FixMatch."""
+    return options.model_copy(update={"crop": 1.0, "brightness": 0.0, "contrast": 0.0})
+
+
+def strong(options: Augment) -> Augment:
+    """What may happen to a picture that is changed much: at least what may happen anyway."""
+    return options.model_copy(
+        update={
+            "crop": min(options.crop, CROP),
+            "brightness": max(options.brightness, CHANGE),
+            "contrast": max(options.contrast, CHANGE),
+        }
+    )
 
 
 def views(pixels: Tensor, count: int) -> Iterator[Tensor]:

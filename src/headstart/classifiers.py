@@ -154,9 +154,7 @@ class Classifier(nn.Module):
 
             attention.shorten(network)
         if self.choices.backbone_dropout is not None:
-            for module in network.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = self.choices.backbone_dropout
+            _drop_out(network, self.choices.backbone_dropout)
         return network
 
     def _freeze(self, last: int, called: set[nn.Module], used: set[nn.Parameter]) -> set[nn.Module]:
@@ -262,11 +260,15 @@ class Classifier(nn.Module):
         found: dict[str, Tensor] = {
             name: parameter.data for name, parameter in self.named_parameters() if parameter.requires_grad
         }
-        if self.choices.follows_batches:
-            for name, module in self.named_modules():
-                if isinstance(module, NORMS) and module not in self.frozen:
-                    found |= {f"{name}.{key}": value for key, value in module.named_buffers()}
+        for name, module in self.following():
+            found |= {f"{name}.{key}": value for key, value in module.named_buffers()}
         return found
+
+    def following(self) -> Iterator[tuple[str, nn.Module]]:
+        """The BatchNorm layers that standardise by the batch at hand, by name."""
+        for name, module in self.named_modules() if self.choices.follows_batches else ():
+            if isinstance(module, NORMS) and module not in self.frozen:
+                yield name, module
 
     def save(self, folder: Path) -> None:
         """Write ``head.safetensors`` and ``backbone/``, which is like a folder that ``fetch`` wrote."""
@@ -294,6 +296,24 @@ class Classifier(nn.Module):
         """The head as it is now."""
         parts = (self.linear.weight, self.linear.bias, self.mean, self.scale)
         return Head(*(part.detach().float().cpu().numpy().copy() for part in parts))
+
+
+def _drop_out(network: nn.Module, share: float) -> None:
+    """Let each ``nn.Dropout`` leave out this share; if it is 0, let nothing else drop out either.
+
+    Otherwise what else there is stays as it came: whole branches (``p`` of torchvision's StochasticDepth,
+    ``drop_prob`` of timm's DropPath), whose rates grow with depth, and numbers that a network hands to a
+    function (``attention_dropout`` of some transformers).
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = share
+        elif not share:
+            kind = type(module).__name__
+            dropping = "Drop" in kind or kind == "StochasticDepth"
+            for name, value in list(vars(module).items()):
+                if isinstance(value, float) and ("drop" in name or (name == "p" and dropping)):
+                    setattr(module, name, 0.0)
 
 
 class _Reached(Exception):  # noqa: N818  # it is no error

@@ -31,6 +31,22 @@ if TYPE_CHECKING:
 POINTS = 300  # of a side, in a projection
 
 
+def check(examples: Examples, train: Rows, val: Rows) -> None:
+    """Raise HeadstartError unless the rows of the source domains have all classes, in both parts.
+
+    Those of val tell how each class is named, without which no shift between domains can be told.
+    """
+    for use, rows in (("training", train), ("validation", val)):
+        absent = sorted(set(range(len(examples.classes))) - set(examples.truth[rows].tolist()))
+        if absent:
+            where = examples.manifest["domain"].iloc[np.concatenate([train, val])].unique()
+            raise HeadstartError(
+                f"no {use} rows of {', '.join(examples.classes[c] for c in absent)}",
+                where=f"domain {', '.join(sorted(where))}",
+                do="add rows of that class there, in groups of their own, or leave out class or domain",
+            )
+
+
 def adapted(
     choices: Train, source: Frozen | Tuned, train: Rows, val: Rows, known: Rows | None = None
 ) -> Adapted:
@@ -164,7 +180,7 @@ def freed(recipe: Recipe, layout: Layout, examples: Examples, *, key: str | None
     tuning.run()
     nothing = np.empty((0, len(examples.classes)))
     tuned = Tuned(recipe, examples, tuning, None, clock_of(layout, key), nothing)
-    return Freed(tuned, str(recipe.train.source_free), reason)
+    return Freed(tuned, str(recipe.train.source_free), reason, inherited.shares)
 
 
 @dataclass(frozen=True)
@@ -344,12 +360,14 @@ class Freed:
     model: Tuned
     way: str
     reason: str
+    shares: Floats  # float64 [classes], as inherited: no row of the source is there to tell others
 
     @property
     def said(self) -> dict[str, Any]:
-        """The way, where it began, and what the model tells."""
+        """The way, where it began, the shares of the classes, for who goes on from it, and what it tells."""
         reason = f"named in the recipe; {self.reason}"
-        return {"adaptation": self.way, "reason": reason} | self.model.said
+        shares = [round(float(share), 4) for share in self.shares]
+        return {"adaptation": self.way, "reason": reason, "shares": shares} | self.model.said
 
     @property
     def chosen(self) -> str:

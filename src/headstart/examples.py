@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from headstart import source_free
-from headstart.errors import HeadstartError
+from headstart.errors import HeadstartError, unmade
 from headstart.heads import Features
 from headstart.layout import HIDDEN, Layout, sha256_of
 from headstart.metrics import Floats, Ints
@@ -78,7 +78,7 @@ def load(recipe: Recipe, layout: Layout) -> Examples:
         )
         features: Features = np.load(layout.features / "features.npy", mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
-        raise HeadstartError("what training reads is missing", where=str(error.filename), do=again) from None
+        raise unmade("what training reads is missing", error, layout.recipe, "features") from None
     if described["manifest_sha256"] != sha256_of(path) or not ids.equals(manifest["id"]):
         raise HeadstartError(
             "the features were made from another manifest", where=str(layout.features), do=again

@@ -32,6 +32,7 @@ TENSORS = (".safetensors", ".pth", ".pt", ".bin")
 VOCABULARIES = ("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 # BatchNorm's counts of batches: older files lack them, and inference never reads them.
 COUNTER = "num_batches_tracked"
+UNLIMITED = 1 << 30  # tokens
 log = logging.getLogger(__name__)
 
 
@@ -342,7 +343,8 @@ def _positions(network: Any) -> int:
         for name, module in network.named_modules()
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
     ]
-    return int(min(tables or [getattr(network.config, "max_position_embeddings", None) or 512]))
+    most = getattr(network.config, "max_position_embeddings", None) or 512
+    return int(min(tables or [most if most > 0 else UNLIMITED]))  # XLNet says -1
 
 
 def _copy_tokenizer(published: Path, target: Path, chosen: Fetch) -> int:
@@ -366,7 +368,7 @@ def _copy_tokenizer(published: Path, target: Path, chosen: Fetch) -> int:
         what = "the model has no tokenizer that can be read"
         raise _error(chosen, what, [str(error)], "take a model with a tokenizer.json") from error
     longest = _json(settings, chosen).get("model_max_length") if settings.is_file() else None
-    return int(longest or 1 << 30)
+    return int(longest or UNLIMITED)
 
 
 def _pooling(published: Path, chosen: Fetch) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from math import ceil, inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from accelerate.utils import broadcast
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from headstart import activations, alignment, augmentation, devices, launching, schedules
+from headstart import activations, alignment, augmentation, devices, launching, packs, schedules
 from headstart.activations import SWEEP, Activations
 from headstart.errors import HeadstartError
 from headstart.heads import Singles
@@ -143,7 +144,9 @@ class Tuning:
         self.rates = [group["lr"] for group in self.groups]
         self.optimizer = _optimizer(choices, self.groups)
         self.epochs = choices.epochs
-        self.per_epoch = ceil(len(train) / choices.batch)
+        # One row alone has no variance to be standardised by.
+        self.least = 2 if any(classifier.following()) else 1  # rows of a batch
+        self.per_epoch = len(packs.cut(train, choices.batch, self.least))
         self.micro = choices.batch  # rows that a process computes at a time
         self.changing = classifier.changing()
         self.mean = {name: value.clone() for name, value in self.changing.items()} if choices.ema else {}
@@ -163,6 +166,13 @@ class Tuning:
                 "the statistics of BatchNorm follow the batches of one process",
                 where="train.batch_norm",
                 do=f"set {devices.PROCESSES}=1, or leave train.batch_norm out",
+            )
+        sides = [len(rows) for rows in (train, self.target_rows) if len(rows)]
+        if min([choices.batch, *sides]) < self.least:
+            raise HeadstartError(
+                "BatchNorm cannot follow batches of a single row",
+                where=f"train.batch: {choices.batch}; {' and '.join(map(str, sides))} rows to learn from",
+                do="raise train.batch or add rows; or do without `batch_norm: updated` and `entropy`",
             )
 
     def run(self) -> History:
@@ -290,7 +300,7 @@ class Tuning:
     def order(self, epoch: int) -> list[Rows]:
         """The training rows in the batches of one epoch, the first of which is 0."""
         chance = np.random.default_rng([self.choices.seed, epoch])
-        order: list[Rows] = self.pack.order(self.train_rows, self.choices.batch, chance)
+        order: list[Rows] = self.pack.order(self.train_rows, self.choices.batch, chance, self.least)
         return order
 
     def learn(self, rows: Rows, epoch: int, factor: float) -> dict[str, float]:
@@ -332,13 +342,13 @@ class Tuning:
                 return self._parts(rows, epoch)
             except torch.OutOfMemoryError:
                 self.optimizer.zero_grad(set_to_none=True)
-                if self.micro == 1 or self.accelerator.num_processes > 1:
+                if self.micro <= self.least or self.accelerator.num_processes > 1:
                     raise HeadstartError(
                         "a training step does not fit into memory",
                         where=f"{self.micro} rows on {self.device}",
                         do="lower train.batch or features.image_size, or name more layers in train.freeze",
                     ) from None
-                self.micro = ceil(min(self.micro, len(rows)) / 2)
+                self.micro = max(self.least, ceil(min(self.micro, len(rows)) / 2))
                 log.warning("out of memory on %s: going on with %d rows at a time", self.device, self.micro)
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -353,9 +363,9 @@ class Tuning:
         self.model.train()
         torch.manual_seed(seed_of(self.choices.seed, self.step, rank))  # what drops out at this step
         theirs = self._of_target(len(rows), epoch)
-        for start in range(0, len(mine), self.micro):
-            part = mine[start : start + self.micro]
-            last = start + self.micro >= len(mine)
+        parts, others = (packs.cut(side, self.micro, self.least) for side in (mine, theirs))
+        for part, beside in zip_longest(parts, others, fillvalue=theirs[:0]):
+            last = part is parts[-1]
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 inputs, known = self._inputs(part, epoch)
                 targets, weights = (
@@ -375,7 +385,7 @@ class Tuning:
                 loss = (weights * losses).sum() / whole * (0 if idle else 1)
                 if self.choices.source_free:
                     loss = self._source_free(logits, loss, len(part) / len(mine))
-                if len(beside := theirs[start : start + self.micro]):
+                if len(beside):
                     share = self.choices.alignment_weight * len(part) / len(mine)
                     loss = loss + share * self._alignment(seen, logits, beside, epoch)
                 # Several processes end up with the mean of their gradients, and the sum is wanted.
@@ -398,7 +408,8 @@ class Tuning:
             return self.target_rows
         if epoch != self.target_order[0]:
             chance = np.random.default_rng([self.choices.seed, epoch, 1])
-            self.target_order = epoch, self.pack.order(self.target_rows, self.choices.batch, chance)
+            order = self.pack.order(self.target_rows, self.choices.batch, chance, self.least)
+            self.target_order = epoch, order
         order = self.target_order[1]
         return order[self.step % self.per_epoch % len(order)][:count]
 
@@ -406,7 +417,7 @@ class Tuning:
         """How differently the network sees a batch of the source and these rows of the target."""
         if self.choices.alignment == "consistency":
             with torch.no_grad():
-                weak = self._learned_from(*self._inputs(beside, epoch))[1]
+                weak = self._learned_from(*self._inputs(beside, epoch, weak=True))[1]
             strong = self._learned_from(self._changed(beside, epoch), None)[1]
             return alignment.consistency(weak, strong)
         there = self._learned_from(*self._inputs(beside, epoch))
@@ -444,20 +455,23 @@ class Tuning:
         """
         tensors = tuple(torch.from_numpy(array).to(self.device) for array in self.pack.batch(rows))
         if self.classifier.spec.modality == "image":
-            much = self.choices.augment.model_copy(update=augmentation.MUCH)
-            return (augmentation.augmented(tensors[0], much, self.choices.seed, epoch, rows),)
+            strong = augmentation.strong(self.choices.augment)
+            return (augmentation.augmented(tensors[0], strong, self.choices.seed, epoch, rows),)
         ids, mask = tensors
         kept = torch.rand(mask.shape, device=mask.device) >= TOKENS_DROPPED
         kept[:, 0] = True  # a text of nothing has no mean
         return ids, mask * kept
 
-    def _inputs(self, rows: Rows, epoch: int | None = None) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """What the classifier is given; with an ``epoch``, pictures as they look in it."""
+    def _inputs(
+        self, rows: Rows, epoch: int | None = None, *, weak: bool = False
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """What the classifier is given; with an ``epoch``, pictures as they look in it, or as a weak view."""
         if self.activations and self.activations.holds(rows):
             return self.activations.batch(rows)
         tensors = tuple(torch.from_numpy(array).to(self.device) for array in self.pack.batch(rows))
         if epoch is not None and self.classifier.spec.modality == "image":
             augment, seed = self.choices.augment, self.choices.seed
+            augment = augmentation.weak(augment) if weak else augment
             tensors = (augmentation.augmented(tensors[0], augment, seed, epoch, rows),)
         return tensors, None
 

@@ -28,8 +28,8 @@ class Pack(Protocol):
         """Arrays [rows, ...], as a network takes them."""
         ...
 
-    def order(self, rows: Rows, batch: int, chance: np.random.Generator) -> list[Rows]:
-        """All rows in random batches of ``batch``, of which one may be smaller."""
+    def order(self, rows: Rows, batch: int, chance: np.random.Generator, least: int = 1) -> list[Rows]:
+        """All rows in random batches of ``batch``, of which one may be another size; see ``cut``."""
         ...
 
     def sweep(self, rows: Rows, batch: int) -> list[Rows]:
@@ -51,9 +51,9 @@ class Pixels:
         let_go(self.array)
         return (found,)
 
-    def order(self, rows: Rows, batch: int, chance: np.random.Generator) -> list[Rows]:
+    def order(self, rows: Rows, batch: int, chance: np.random.Generator, least: int = 1) -> list[Rows]:
         """All rows in random batches."""
-        return cut(chance.permutation(rows), batch)
+        return cut(chance.permutation(rows), batch, least)
 
     def sweep(self, rows: Rows, batch: int) -> list[Rows]:
         """All rows, in ascending order."""
@@ -71,12 +71,12 @@ class Sentences:
         """Ids and mask, int64 [rows, longest of them]."""
         return self.tokens.padded(rows, self.padding)
 
-    def order(self, rows: Rows, batch: int, chance: np.random.Generator) -> list[Rows]:
+    def order(self, rows: Rows, batch: int, chance: np.random.Generator, least: int = 1) -> list[Rows]:
         """All rows in random batches, each of texts of nearly one length: hardly any place is padding."""
         batches: list[Rows] = []
         lengths = self.tokens.lengths
-        for pool in cut(chance.permutation(rows), POOL * batch):
-            batches += cut(pool[np.argsort(lengths[pool], kind="stable")], batch)
+        for pool in cut(chance.permutation(rows), POOL * batch, least):
+            batches += cut(pool[np.argsort(lengths[pool], kind="stable")], batch, least)
         return [batches[place] for place in chance.permutation(len(batches))]
 
     def sweep(self, rows: Rows, batch: int) -> list[Rows]:
@@ -121,6 +121,12 @@ def let_go(array: NDArray[Any]) -> None:
         mapping.madvise(mmap.MADV_DONTNEED)
 
 
-def cut(rows: Rows, batch: int) -> list[Rows]:
-    """Rows in batches of ``batch``, in their order; the last may be smaller."""
-    return [rows[start : start + batch] for start in range(0, len(rows), batch)]
+def cut(rows: Rows, batch: int, least: int = 1) -> list[Rows]:
+    """Rows in batches of ``batch``, in their order; the last may be smaller.
+
+    Where fewer than ``least`` rows are left over, they join the batch before, if there is one.
+    """
+    found = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    if len(found) > 1 and len(found[-1]) < least:
+        found[-2:] = [rows[(len(found) - 2) * batch :]]
+    return found

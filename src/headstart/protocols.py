@@ -12,9 +12,8 @@ from math import sqrt
 import numpy as np
 import pandas as pd
 
-from headstart import splits
+from headstart import domains, splits
 from headstart.calibration import decision
-from headstart.domains import adapted
 from headstart.errors import HeadstartError
 from headstart.examples import Examples, Rows, load
 from headstart.fitting import source_of
@@ -110,35 +109,42 @@ def adapt_each_pair(recipe: Recipe, layout: Layout, folds: int = 2, seeds: int =
         ``auroc``, ``accuracy``, and what was ``expected`` of the latter with ``low`` and ``high``.
 
     Raises:
-        HeadstartError: fewer than two domains, fewer groups than folds, or whatever ``train`` raises.
+        HeadstartError: fewer than two domains, too few rows of a class in one, fewer groups than folds, or
+            whatever ``train`` raises.
     """
     tune = recipe.train.method == "fine_tune" or recipe.train.tune
     examples = load(recipe, layout)
-    domains = examples.manifest["domain"].to_numpy()
-    names = sorted(set(domains))
+    of = examples.manifest["domain"].to_numpy()
+    names = sorted(set(of))
     if len(names) < 2 or (examples.truth < 0).any():
         raise HeadstartError(
             "pairs of domains need at least two, with labels to score by",
             where=str(layout.manifest),
             do="name a recipe without `validate: target_domain`, of data that say which domain a row is of",
         )
+    dealt = {
+        (seed, name): _split(examples, np.flatnonzero(of == name), 1 + INNER_FOLDS, seed, False)[0]
+        for seed in range(seeds)
+        for name in names
+    }
+    for train, val in dealt.values():  # of all sources, before hours go into the first
+        domains.check(examples, train, val)
     lines = []
-    for seed, name in bar([(s, n) for s in range(seeds) for n in names], desc="adapting", unit=" sources"):
+    for (seed, name), (train, val) in bar(dealt.items(), desc="adapting", unit=" sources"):
         choices = {"seed": recipe.train.seed + seed, "method": "domain_adaptation", "tune": tune}
         chosen = recipe.training(**choices)
-        train, val = _split(examples, np.flatnonzero(domains == name), 1 + INNER_FOLDS, seed, False)[0]
         source = source_of(chosen, layout, examples, train, val)
         if source is None:
             continue  # one of several processes; the first of them reports
         for other in sorted(set(names) - {name}):
-            there = np.flatnonzero(domains == other)
+            there = np.flatnonzero(of == other)
             fold = splits.folds(examples.manifest.iloc[there].assign(label=""), folds, seed)
             found = np.empty((len(there), len(examples.classes)))
             models = []
             for held in range(folds):
                 held_out = there[fold == held]
                 blind = replace(source, examples=source.examples.blind(there, held_out))
-                models.append(adapted(chosen.train, blind, train, val))
+                models.append(domains.adapted(chosen.train, blind, train, val))
                 found[fold == held] = models[-1].probabilities(held_out)
             truth = examples.truth[there]
             before = scores(truth, source.head.probabilities(source.examples.features[there]))

@@ -51,6 +51,7 @@ def sweep(tuning: Tuning, low: float = 1e-6, high: float = 1.0, steps: int = 100
             if not lines:  # whatever is wrong, it is not that the rate has risen
                 raise
             break  # no longer a number
+        tuning.step += 1  # what is random in a step depends on it
         mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
         smooth = mean / (1 - SMOOTHING ** (step + 1))
         lines.append({"learning_rate": rate, "loss": loss, "mean": smooth})

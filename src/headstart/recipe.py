@@ -314,11 +314,13 @@ class Train(Block):
     """Train low-rank additions of this rank to the linear layers, instead of the layers (Hu et al. 2021).
     For ``transformers``."""
     batch_norm: Literal["frozen", "updated"] = "frozen"
-    """Keep the statistics of BatchNorm that the backbone came with, or let every batch change them."""
+    """Keep the statistics of BatchNorm that the backbone came with, or let every batch change them. A row
+    alone has none: one that is left over joins the batch before it."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of the head's inputs that are left out at each step."""
     backbone_dropout: float | None = Field(default=0.0, ge=0, lt=1)
-    """Share left out wherever the backbone itself drops out; null for what it came with."""
+    """Share left out by the backbone's own dropout layers; 0 also keeps whole branches (stochastic depth),
+    which drop out as they came otherwise; null for what it came with."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each label that is spread over all classes."""
     mixup: float = Field(default=0.0, ge=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from itertools import pairwise
+from itertools import groupby, pairwise
 from math import cos, pi
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +32,13 @@ def layer_of(name: str) -> str:
 
     ``encoder.layer.3.output.dense.weight`` is of ``encoder.layer.3``, ``conv_stem.weight`` of ``conv_stem``.
     Below the outermost level a numbered block counts as a number, of blocks within blocks the innermost:
-    ``trunk_output.block1.block1-0.proj.0.weight`` is of ``trunk_output.block1.block1-0``.
+    ``trunk_output.block1.block1-0.proj.0.weight`` is of ``trunk_output.block1.block1-0``. At the outermost
+    level any name with a number in it is a block, unless it holds numbered ones: branches that run side by
+    side, such as ``inception3a.branch2.0`` and ``inception3a.branch3.0``, are of one layer.
     """
     parts = name.split(".")
     for place, (part, inner) in enumerate(pairwise([*parts, ""])):
-        block = place > 0 and NUMBERED.fullmatch(part)
+        block = NUMBERED.fullmatch(part) if place else re.search(r"\d", part)
         if part.isdigit() or (block and not (inner.isdigit() or NUMBERED.fullmatch(inner))):
             return ".".join(parts[: place + 1])
     return parts[0]
@@ -64,13 +66,13 @@ def groups(
         Dicts of ``params``, ``lr`` (base), ``weight_decay``, and ``depth``: 0 for the
         head, 1 for the last layer.
     """
-    layers: dict[str, list[Parameter]] = {}
-    for name, parameter in backbone:
-        layers.setdefault(layer_of(name), []).append(parameter)
+    # Runs of names: what an `encoder` holds behind its blocks is no part of what it holds before them.
+    runs = groupby(backbone, key=lambda named: layer_of(named[0]))
+    layers = [[parameter for _, parameter in run] for _, run in runs]
     rate = choices.learning_rate or LEARNING_RATE[modality]
     decay = choices.layer_decay or LAYER_DECAY[modality]
     found = []
-    for depth, (_, parameters) in enumerate(reversed(layers.items()), start=1):
+    for depth, parameters in enumerate(reversed(layers), start=1):
         found += _by_decay(parameters, rate * decay ** (depth - 1), choices, depth)
     parameters = [parameter for _, parameter in head]
     return _by_decay(parameters, choices.head_learning_rate or rate, choices, 0) + found

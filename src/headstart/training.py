@@ -103,6 +103,8 @@ def fit(
         return domains.freed(recipe, layout, examples, key=key)
     of_target = (examples.manifest["domain"] == recipe.validate_.target_domain).to_numpy()
     train, known = train[~of_target[train]], train[of_target[train]]
+    if of_target.any():
+        domains.check(examples, train, val)
     source = fitting.source_of(recipe, layout, examples, train, val, key=key)
     if source is None:
         return None
