@@ -73,10 +73,10 @@ def brought(recipe: Recipe, layout: Layout, log: Callable[[str], None]) -> str:
         path = sources.fetch(uri, recipe.ingest.sha256)
         if recipe.ingest.sha256 is None and not uri.startswith("file:"):
             log(f"to pin this source, add under ingest: sha256: {sources.digest_of(path)}")
-        earlier = earlier_splits(layout)
         if layout.batches.exists():
             versioning.version_data(layout.root, recipe.name, log)  # a kill may leave them there alone
-        with written_whole(layout.raw) as folder:
+        with versioning.writing(layout.root, recipe.name, log), written_whole(layout.raw) as folder:
+            earlier = earlier_splits(layout)  # no stage is making others now
             archives.place(path, member, folder)
             if layout.batches.exists():
                 shutil.copytree(layout.batches, folder / layout.batches.name)

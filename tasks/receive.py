@@ -18,6 +18,7 @@ from headstart.errors import HeadstartError
 from headstart.layout import EARLIER_SPLITS, Layout
 from headstart.recipe import Recipe
 from headstart.validation import shown
+from tasks import versioning
 from tasks.events import emit
 from tasks.ingest import alone, brought, earlier_splits, unmonitored, unpushed, version
 from tasks.stage import PATIENT
@@ -81,7 +82,8 @@ def take(
         wait: as of the task.
 
     Raises:
-        HeadstartError: the source or the store of the inbox cannot be reached, or the disk is full.
+        HeadstartError: the source or the store of the inbox cannot be reached, the disk is full, or a stage
+            has been reading the data for hours.
     """
     if wait:
         inbox.settle(recipe, layout)
@@ -94,10 +96,11 @@ def take(
         for name in names:
             reasons = inbox.check(recipe, layout, name)
             if reasons.empty:
-                _keep_splits(layout)
-                for mark in (unpushed(layout), unmonitored(layout)):  # before: a kill may come after
-                    mark.touch()
-                inbox.accept(layout, name)
+                with versioning.writing(layout.root, recipe.name, log):
+                    _keep_splits(layout)
+                    for mark in (unpushed(layout), unmonitored(layout)):  # before: a kill may come after
+                        mark.touch()
+                    inbox.accept(layout, name)
                 received.accepted.append(name)
                 log(f"batch {name} is accepted")
             else:

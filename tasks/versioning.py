@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -94,11 +95,42 @@ def reproduce(
     """
     with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
         error_file = Path(folder) / "error.json"
-        environment = os.environ | {ERROR_FILE: str(error_file)}
         command = ["repro", "--single-item", *(["--force"] if force else []), f"{stage}@{recipe}"]
-        lines = _dvc(root, command, log, environment, error_file, patience=STAGE_BUSY)
+        lines = _dvc(root, command, log, error_file, patience=STAGE_BUSY)
     restored = any("is cached - skipping run" in line for line in lines)
     return "restored" if restored else "ran"
+
+
+@contextlib.contextmanager
+def writing(root: Path, recipe: str, log: Callable[[str], None]) -> Iterator[None]:
+    """The right to change ``data/<recipe>``, which nobody has while a stage reads it: waits for its end.
+
+    DVC takes the digest of what a stage has read after the stage: what came meanwhile would count as read.
+    What asks DVC for the same path, such as ``dvc add``, must wait until this has ended.
+
+    Raises:
+        HeadstartError: another run has held it for hours, or DVC cannot tell who does.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.lock import LockError
+    from dvc.repo import Repo
+    from dvc.rwlock import rwlock
+
+    paths, command = [str(root.resolve() / "data" / recipe)], " ".join(sys.argv)
+    waiting = _Waiting(f"a change of data/{recipe}", root, log, STAGE_BUSY)
+    with Repo(str(root)) as repo, contextlib.ExitStack() as held:
+        hardlink = repo.config["core"].get("hardlink_lock", False)
+        while True:
+            try:
+                held.enter_context(rwlock(repo.tmp_dir, repo.fs, command, [], paths, hardlink))
+                break
+            except LockError as error:
+                waiting.go_on(str(error).splitlines())
+            except DvcException as error:
+                raise HeadstartError(
+                    str(error), where=str(root), do="if no run is under way, delete .dvc/tmp/rwlock"
+                ) from error
+        yield
 
 
 def version_data(root: Path, recipe: str, log: Callable[[str], None]) -> None:
@@ -111,7 +143,7 @@ def version_data(root: Path, recipe: str, log: Callable[[str], None]) -> None:
     if pointer.exists() and is_fresh(root, "data.dvc"):
         return
     target = f"data/{recipe}" if _others_are_elsewhere(root, recipe) else "data"
-    _dvc(root, ["add", "--quiet", target], log, dict(os.environ), patience=STAGE_BUSY)
+    _dvc(root, ["add", target], log, patience=STAGE_BUSY)
 
 
 def push(root: Path, recipe: str, log: Callable[[str], None]) -> bool:
@@ -125,7 +157,7 @@ def push(root: Path, recipe: str, log: Callable[[str], None]) -> bool:
     with Repo(str(root)) as repo:
         if not repo.config["core"].get("remote"):
             return False
-    _dvc(root, ["push", "--quiet", f"data/{recipe}"], log, dict(os.environ))
+    _dvc(root, ["push", f"data/{recipe}"], log)
     return True
 
 
@@ -151,9 +183,10 @@ def restore_data(root: Path, recipe: str, log: Callable[[str], None]) -> bool:
         if not remote:
             log("what data.dvc lists is neither in DVC's cache nor on a remote: asking the source")
             return False
-        said: list[str] = []
-        with contextlib.suppress(HeadstartError):  # it may also end well, and have brought nothing
-            _dvc(root, ["fetch", "--quiet", target], said.append, dict(os.environ))
+        try:
+            said: Sequence[str] = _dvc(root, ["fetch", target], log)
+        except HeadstartError as error:  # it may also end well, and have brought nothing
+            said = error.table
         if not _cached(root, recipe):
             raise HeadstartError(
                 f"{target} is versioned, and DVC's remote {remote} does not give it",
@@ -163,7 +196,7 @@ def restore_data(root: Path, recipe: str, log: Callable[[str], None]) -> bool:
                 "without data.dvc a run begins again from the sources, without any batch",
                 transient=True,
             )
-    _dvc(root, ["checkout", "--quiet", target], lambda line: None, dict(os.environ))
+    _dvc(root, ["checkout", target], log)
     return (root / target).is_dir()
 
 
@@ -181,7 +214,7 @@ def _cached(root: Path, recipe: str) -> bool:
 def restore_stage(root: Path, target: str) -> None:
     """Bring back the outputs of a stage as ``dvc.lock`` names them, if they are in the cache. Silent."""
     with contextlib.suppress(HeadstartError):
-        _dvc(root, ["checkout", "--quiet", "--force", target], lambda line: None, dict(os.environ))
+        _dvc(root, ["checkout", "--force", target], lambda line: None)
 
 
 def _tree(root: Path) -> list[tuple[str, ...]] | None:
@@ -206,11 +239,51 @@ def _others_are_elsewhere(root: Path, recipe: str) -> bool:
     return any(not (root / "data" / other).exists() for other in others)
 
 
+@dataclass
+class _Waiting:
+    """Patience with another run: said once, then ever longer pauses, and an end.
+
+    Args:
+        whose: what has to wait.
+        root: the project.
+        log: told what keeps this one waiting.
+        patience: seconds.
+    """
+
+    whose: str
+    root: Path
+    log: Callable[[str], None]
+    patience: float
+    pause: float = 1.0
+    since: float = field(default_factory=time.monotonic)
+    begun: bool = False
+
+    def go_on(self, said: Sequence[str], told: bool = False) -> None:
+        """Pause; ``said`` is DVC's account of who is at it, ``told`` whether the log has it.
+
+        Raises:
+            HeadstartError: this has taken too long.
+        """
+        said = [line for line in said if line]
+        if time.monotonic() - self.since > self.patience:
+            raise HeadstartError(
+                f"another run is at what {self.whose} needs",
+                where=str(self.root),
+                table=said,
+                do="wait for it, or stop it",
+            )
+        if not self.begun:
+            for line in (*([] if told else said), "waiting for that run to end"):
+                self.log(line)
+        self.begun = True
+        time.sleep(self.pause)
+        self.pause = min(2 * self.pause, 10.0)
+
+
 def _dvc(
     root: Path,
     arguments: list[str],
     log: Callable[[str], None],
-    environment: dict[str, str],
     error_file: Path | None = None,
     *,
     patience: float = BUSY,
@@ -220,14 +293,26 @@ def _dvc(
     A path that another run is using makes DVC fail at once (``BLOCKED``), so that is tried again for
     ``patience`` seconds; ``--wait-for-lock`` covers the repository's own lock.
 
+    Args:
+        root: the project.
+        arguments: the command.
+        log: told what it waits for, and of a stage all that it says, as it says it.
+        error_file: where a stage leaves its error; None of any other command.
+        patience: seconds.
+
     Raises:
         HeadstartError: the error that a stage left, another run was at it all the time, or DVC's last words.
     """
+    first = str(Path(sys.executable).parent)
+    environment = os.environ | {"PATH": os.pathsep.join([first, os.environ.get("PATH", "")])}
+    if error_file:
+        environment[ERROR_FILE] = str(error_file)
     if sys.stderr.isatty():
         environment[TERMINAL] = os.ttyname(sys.stderr.fileno())
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    # Never --quiet: then it would not say either why it fails.
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
-    deadline, pause, said = time.monotonic() + patience, 1.0, set[str]()
+    waiting = _Waiting(f"`dvc {' '.join(arguments)}`", root, log, patience)
+    known: set[str] = set()  # said by an attempt before: once is enough
     while True:
         lines = []
         with subprocess.Popen(
@@ -237,7 +322,7 @@ def _dvc(
             try:
                 for line in process.stdout:
                     lines.append(line.rstrip())
-                    if lines[-1] and lines[-1] not in said and not line.startswith(HINTS):
+                    if error_file and lines[-1] and lines[-1] not in known and not line.startswith(HINTS):
                         log(lines[-1])
             except BaseException:  # a timeout or a stop: the stage would run on, and be waited for
                 processes.end(psutil.Process(process.pid), signal.SIGTERM)
@@ -248,18 +333,8 @@ def _dvc(
             raise HeadstartError(**json.loads(error_file.read_text(encoding="utf-8")))
         if not any(BLOCKED in line for line in lines):
             break
-        if time.monotonic() > deadline:
-            raise HeadstartError(
-                f"another run is at what `dvc {' '.join(arguments)}` needs",
-                where=str(root),
-                table=[line for line in lines if line],
-                do="wait for it, or stop it",
-            )
-        if not said:
-            log("waiting for that run to end")
-        said.update(lines)  # once is enough
-        time.sleep(pause)
-        pause = min(2 * pause, 10.0)
+        known.update(lines)
+        waiting.go_on(lines, told=bool(error_file))
     raise HeadstartError(
         f"`dvc {' '.join(arguments)}` failed with exit code {process.returncode}",
         where=str(root),

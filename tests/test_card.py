@@ -125,7 +125,7 @@ On 200 test rows in 100 groups, with 95% intervals that resample whole groups.
 - Stated probabilities are off by 0.900 on average on rows like these, and by more on others.
 - It has not seen what was left out of the data: neutral.
 - It reads the first 128 tokens of a text.
-- It abstains, with an empty label, where no class reaches a probability of 0.6.
+- It abstains, with an empty label, where the class that it would name has a probability below 0.6.
 
 ## How to load it
 
@@ -190,7 +190,8 @@ def tree(
     splits = {"train": 600, "val": 200, "test": 200}
     found = {"rows": 1000, "groups": 500, "by_split": splits, "left_out": {"neutral": 50}}
     (layout.manifest / "report.json").write_text(json.dumps(found))
-    (root / "data.dvc").write_text("outs:\n- md5: 41e2.dir\n")
+    deps = f"    deps:\n    - {{path: data/{layout.recipe}, md5: 41e2.dir}}\n"
+    (root / "dvc.lock").write_text(f"stages:\n  validate@{layout.recipe}:\n{deps}")
     return layout
 
 

@@ -56,6 +56,15 @@ def test_of_200_models_that_gain_3_points_four_in_five_are_promoted() -> None:
     assert sum(simulated(seed, gain=0.03).promoted for seed in range(200)) >= 160
 
 
+def test_the_model_that_it_is_compared_with_is_called_by_its_name() -> None:
+    judged = rows()
+    ours, theirs = (answers(judged.truth, right) for right in pair(400, 40, 8, 300))
+    verdict = judge(judged, ours, theirs, Promote(), named="version 3")
+    assert "of version 3:" in verdict.reasons[1]
+    assert "version 3 alone on 8" in verdict.reasons[2]
+    assert not any("champion" in words for words in verdict.reasons)
+
+
 def test_a_better_model_is_promoted_and_the_reason_is_the_gain() -> None:
     judged = rows()
     ours, theirs = pair(400, only_ours=40, only_theirs=8, both=300)

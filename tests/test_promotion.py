@@ -103,6 +103,34 @@ def test_promoting_the_champion_again_changes_nothing(registry: str) -> None:
     assert state(client) == before
 
 
+def test_what_a_person_says_of_the_champion_is_kept_and_said_once(registry: str) -> None:
+    client = promotion.opened()
+    crown(client, "1")
+    crown(client, "2", against="1")
+    promotion.rollback(client, NAME, "it calls everything happy")
+    client.set_registered_model_alias(NAME, "champion", "2")
+    client.set_registered_model_alias(NAME, "previous", "1")
+    for _ in range(2):
+        entry = promotion.crown(client, NAME, "2", ["the audit wants it"], forced=True)
+        assert entry
+        assert (entry.action, entry.champion) == ("forced", "1")
+    assert promotion.aliases(client, NAME) == {"champion": "2", "previous": "1"}
+    assert [entry.action for entry in promotion.history(client, NAME)][2:] == ["rolled back", "forced"]
+
+
+def test_every_model_and_every_alias_is_listed(registry: str) -> None:
+    client = promotion.opened()
+    for i in range(105):
+        client.create_registered_model(f"a{i:03}")
+    assert len(promotion.models(client)) == 106
+    client.set_registered_model_alias(NAME, "champion", "2")
+    client.set_registered_model_alias(NAME, "audited", "2")
+    aliases = {line["version"]: line["aliases"] for line in promotion.table(client, NAME)}
+    assert aliases["2"] == "champion, audited"
+    with pytest.raises(HeadstartError, match="the model a001 has no version yet"):
+        promotion.known(client, "a001")
+
+
 def test_proof_against_a_champion_that_is_gone_promotes_nobody(registry: str) -> None:
     client = promotion.opened()
     crown(client, "1")
@@ -206,7 +234,7 @@ def judging(monkeypatch: pytest.MonkeyPatch, *promoted: bool, meanwhile: Callabl
     """Let the gate say these things, one after the other, after something else has happened."""
     answers = iter(promoted)
 
-    def compare(*asked: object) -> Verdict:
+    def compare(*asked: object, **how: object) -> Verdict:
         meanwhile()
         check = Check("min_gain", next(answers), "a gain")
         return Verdict(check.passed, (check,), {}, {})
@@ -263,6 +291,78 @@ def test_what_the_gate_said_is_told_with_what_people_decided_since(
     promotion.crown(client, NAME, "2", ["the audit wants it"], forced=True)
     promotion.crown(client, NAME, "3", ["the boss says so"], forced=True)
     assert told("3") == said | {"action": "forced", "before": "2", "champion": "3"}
+
+
+def told(decided: trials.Decided, client: MlflowClient) -> tuple[str, dict[str, str]]:
+    return str(decided), promotion.aliases(client, NAME)
+
+
+def test_after_the_champion_is_deleted_nothing_that_was_refused_becomes_the_first(
+    registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, layout = promotion.opened(), Layout(tmp_path, "case")
+    client.set_registered_model_alias(NAME, "candidate", "2")
+    crown(client, "1")
+    judging(monkeypatch, False)
+    trials.decide(RECIPE, layout)
+    client.delete_model_version(NAME, "1")
+    for verb in ("is", "was"):
+        said, aliases = told(trials.decide(RECIPE, layout), client)
+        assert said.startswith(
+            f"moods version 2 {verb} not promoted, there is no champion: the champion is gone"
+        )
+        assert "`headstart promote moods VERSION --force --because REASON`" in said
+        assert aliases == {"candidate": "2", "challenger": "2"}
+    assert [entry.action for entry in promotion.history(client, NAME)] == ["refused", "refused"]
+
+
+def test_a_deleted_champions_predecessor_is_what_a_version_has_to_beat_and_where_a_rollback_leads(
+    registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, layout, asked = promotion.opened(), Layout(tmp_path, "case"), list[object]()
+    crown(client, "1")
+    crown(client, "2", against="1")
+    client.delete_model_version(NAME, "2")
+    judging(monkeypatch, False, True)
+    compare = trials.compare
+    monkeypatch.setattr(
+        trials, "compare", lambda *given, **how: asked.append(given[2:]) or compare(*given, **how)
+    )
+    said, aliases = told(trials.decide(RECIPE, layout, "3"), client)
+    assert said.startswith(
+        "moods version 3 is not promoted, there is no champion: a gain; the champion is gone"
+    )
+    said, aliases = told(trials.decide(RECIPE, layout, "4"), client)
+    assert said == "moods version 4 promoted to champion: a gain"
+    assert asked == [("3", "1"), ("4", "1")]
+    assert (aliases["champion"], aliases["previous"]) == ("4", "1")
+    promotion.rollback(client, NAME, "it calls everything happy")
+    assert promotion.champion_of(client, NAME) == "1"
+
+
+def test_a_champion_whose_alias_was_taken_away_is_crowned_again_if_its_promotion_stands(
+    registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, layout = promotion.opened(), Layout(tmp_path, "case")
+    client.set_registered_model_alias(NAME, "candidate", "1")
+    judging(monkeypatch, True)
+    trials.decide(RECIPE, layout)
+    client.delete_registered_model_alias(NAME, "champion")
+    _, aliases = told(trials.decide(RECIPE, layout), client)
+    assert aliases == {"candidate": "1", "champion": "1"}
+    assert not trials.decide(RECIPE, layout).new
+    first, again = promotion.history(client, NAME)
+    assert (first.action, again.action) == ("promoted", "promoted")
+    assert again.reasons == ["its promotion stands, and no version was champion"]
+
+
+def test_the_champion_before_that_is_crowned_by_hand_leads_nowhere_back(registry: str) -> None:
+    client = promotion.opened()
+    crown(client, "1")
+    crown(client, "2", against="1")
+    client.delete_model_version(NAME, "2")
+    promotion.crown(client, NAME, "1", ["the boss says so"], forced=True)
+    assert promotion.aliases(client, NAME) == {"champion": "1"}
 
 
 def test_a_name_that_the_registry_does_not_know_is_answered_with_the_nearest(registry: str) -> None:

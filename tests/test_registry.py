@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 
-from headstart import promotion, registry, stages
+from headstart import registry, stages
+from headstart.layout import Layout
 from headstart.recipe import Recipe
 from tests import cached, examples
 
@@ -17,10 +21,11 @@ SITES = ["https://example.com", "a//b", LONG, f"{LONG}2", "a:b", "a?b", "a_b", "
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[MlflowClient]:
-    """A database of its own."""
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowClient]:
+    """A database of its own, and files beside it."""
     import mlflow
 
+    monkeypatch.chdir(tmp_path)
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
     yield MlflowClient()
@@ -55,24 +60,64 @@ def logged(
     return data.metrics, data.params
 
 
-@pytest.mark.slow
-def test_a_model_of_a_thousand_batches_is_registered_and_its_version_names_them_all(
-    store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_however_many_batches_a_model_was_trained_on_its_version_names_them_and_none_that_came_since(
+    store: MlflowClient, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    names = [f"2026-01-01-a-batch-of-the-hour-{i:05}" for i in range(5000)]  # more than a tag holds
+    table = cached.manifest(len(names) + 40).assign(batch=[""] * 40 + names)
+    layout = cached.write(tmp_path, table)
+    (layout.batches / "of-today").mkdir(parents=True)
+    version = registered(store, lambda: registry._log_batches(layout))
+    assert registry.batches_of(version) == names
+
+
+def test_the_batches_of_older_versions_are_known_by_their_tag_and_those_from_before_had_none(
+    store: MlflowClient,
+) -> None:
+    older = registered(store, lambda: None, {"headstart.batches": '["monday", "tuesday"]'})
+    assert registry.batches_of(older) == ["monday", "tuesday"]
+    assert registry.batches_of(registered(store, lambda: None)) == []
+
+
+def registered(
+    store: MlflowClient, log: Callable[[], None], tags: dict[str, str] | None = None
+) -> ModelVersion:
+    """A version without a model, of a run in which something is logged."""
+    import mlflow
+
+    with contextlib.suppress(MlflowException):
+        store.create_registered_model("moods")
+    with mlflow.start_run() as run:
+        log()
+    return store.create_model_version("moods", "file:///nowhere", run.info.run_id, tags)
+
+
+def test_the_data_of_a_model_are_those_that_were_validated_and_not_those_of_today(tmp_path: Path) -> None:
+    (tmp_path / "data.dvc").write_text("outs:\n- md5: today.dir\n  path: data\n")
+    deps = [{"path": "data/case", "md5": "then.dir"}, {"path": "src/headstart/splits.py", "md5": "code"}]
+    lock = {"schema": "2.0", "stages": {"validate@case": {"deps": deps}, "validate@other": {"cmd": "true"}}}
+    (tmp_path / "dvc.lock").write_text(json.dumps(lock))
+    lineage = registry.lineage(Layout(tmp_path, "case"), {"stamps": {}})
+    assert lineage["headstart.dvc_data"] == "then.dir"
+    assert "headstart.dvc_data" not in registry.lineage(Layout(tmp_path, "other"), {"stamps": {}})
+
+
+@pytest.mark.slow
+def test_a_version_names_the_batches_that_its_model_was_trained_on(
+    store: MlflowClient, tmp_path: Path
+) -> None:
     (tmp_path / "recipes").mkdir()
     examples.write_text_project(tmp_path)
     csv = tmp_path / "start/moods.csv"
     csv.write_text(csv.read_text().replace(",a\n", ",https://example.com\n"))
     recipe, layout = examples.prepared(tmp_path, "moods")
-    for stage in ("train", "evaluate"):
+    examples.write_texts(layout.batches / "monday/rows.csv", 60, start=240)
+    for stage in ("validate", "features", "train", "evaluate"):
         stages.run(stage, recipe, layout)
-    names = [f"2026-01-01-batch-{i:04}" for i in range(1000)]
-    for name in names:
-        (layout.batches / name).mkdir(parents=True)
+    examples.write_texts(layout.batches / "tuesday/rows.csv", 60, start=300)  # while it was trained
     done = registry.register(recipe, layout)
     version = store.get_model_version(done.name, done.version)
-    assert sorted(json.loads(version.tags[promotion.BATCHES])) == names
+    assert registry.batches_of(version) == ["monday"]
     run = store.get_run(version.run_id)
     assert max(map(len, run.data.tags.values())) < 8000
     assert run.data.tags["headstart.digest"] == version.tags["headstart.digest"]

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
+from prefect.settings.models.server.services import ServerServicesDBVacuumSettings
 
 from headstart import stack
 from headstart.errors import HeadstartError
 from tests import stacks
-from tests.conftest import Project, isolated
+from tests.conftest import ROOT, Project, isolated
 from tests.stacks import Stack
+
+COMPOSE = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -44,6 +48,16 @@ def test_what_is_set_wins_but_the_parts_find_each_other(tmp_path: Path) -> None:
     plain = stack.settings(tmp_path, 1, 2, {"MLFLOW_TRACKING_URI": "http://127.0.0.1:5000"})
     assert plain["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{tmp_path}/mlflow.db"
     assert plain["MLFLOW_DEFAULT_ARTIFACT_ROOT"] == f"file://{tmp_path}/mlartifacts"
+
+
+def test_prefect_deletes_old_runs(tmp_path: Path) -> None:
+    for given in (stack.settings(tmp_path, 1, 2, {}), COMPOSE["services"]["prefect"]["environment"]):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in given.items():
+                patch.setenv(name, str(value))
+            vacuum = ServerServicesDBVacuumSettings()
+        assert {"events", "flow_runs"} <= vacuum.enabled_vacuum_types
+        assert vacuum.retention_period.days == 30
 
 
 @pytest.mark.long

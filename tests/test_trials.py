@@ -215,6 +215,8 @@ for step in [0, *range(1, 200, int(os.environ.get("HEADSTART_EVERY", "3")))]:
     assert ended == (-signal.SIGKILL if step else 0), ended
     assert child(go, path, 0) == 0
     assert child(state, path) == 0
+else:
+    sys.exit("there are more writes than were tried")
 print(step)
 """
 

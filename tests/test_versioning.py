@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -244,3 +244,99 @@ def test_a_rejected_batch_is_told_of_though_a_later_one_ends_the_run(project: Pr
         receive.take(recipe, layout, lambda line: None, told.__setitem__)
     assert told.keys() == {"bad"}
     assert told["bad"].what == "the batch bad is rejected: 1 failure"
+
+
+@contextlib.contextmanager
+def reading(project: Project, path: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that DVC takes for one whose stage reads this path."""
+    with subprocess.Popen(["sleep", "300"]) as reader:
+        note = {"write": {}, "read": {str(project.root / path): [{"pid": reader.pid, "cmd": "dvc repro"}]}}
+        (project.root / ".dvc/tmp/rwlock").write_text(json.dumps(note))
+        try:
+            yield reader
+        finally:
+            reader.kill()
+
+
+def test_data_that_a_stage_is_reading_change_only_when_it_has_ended(project: Project) -> None:
+    layout = Layout(project.root, "moods")
+    recipes = [cached.recipe(ingest={"source": f"file:{i}.csv", "settle": 0}, validate=TABLE) for i in (1, 2)]
+    for i, recipe in enumerate(recipes, 1):
+        recipe._name = "moods"
+        examples.write_texts(project.root / f"{i}.csv", 240 + i)
+    ingest.bring(recipes[0], layout, lambda line: None)
+
+    def waits(work: Callable[[Callable[[str], None]], object]) -> None:
+        before, told = sorted(layout.raw.rglob("*")), list[str]()
+        with reading(project, "data/moods") as reader:
+
+            def log(line: str) -> None:
+                told.append(line)
+                if line.startswith("waiting"):
+                    assert sorted(layout.raw.rglob("*")) == before
+                    reader.kill()
+                    reader.wait()
+
+            work(log)
+        assert any(versioning.BLOCKED in line for line in told)
+        assert sorted(layout.raw.rglob("*")) != before
+        assert versioning.is_fresh(project.root, "data.dvc")
+        assert not json.loads((project.root / ".dvc/tmp/rwlock").read_text())["write"]
+
+    examples.write_texts(layout.inbox / "tuesday.csv", 60, start=300)
+    inbox.look(recipes[0], layout)
+    waits(lambda log: receive.take(recipes[0], layout, log, lambda name, reasons: None))
+    assert (layout.batches / "tuesday").exists()
+    waits(lambda log: ingest.bring(recipes[1], layout, log))
+
+
+def test_data_that_a_stage_reads_for_hours_are_left_alone_and_it_is_named(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versioning, "STAGE_BUSY", 0.0)
+    with (
+        reading(project, "data/moods") as reader,
+        pytest.raises(HeadstartError, match="another run is at what a change of data/moods needs") as caught,
+        versioning.writing(project.root, "moods", lambda line: None),
+    ):
+        raise AssertionError("nobody may come here")
+    assert f"(PID {reader.pid}): dvc repro" in str(caught.value)
+    (project.root / ".dvc/tmp/rwlock").write_text("{")
+    with (
+        pytest.raises(HeadstartError, match=r"delete .dvc/tmp/rwlock"),
+        versioning.writing(project.root, "moods", lambda line: None),
+    ):
+        raise AssertionError("nobody may come here")
+
+
+def test_versioning_waits_for_a_stage_that_reads_the_data_and_says_so(project: Project) -> None:
+    examples.write_texts(project.root / "data/moods/moods.csv")
+    told: list[str] = []
+    with reading(project, "data/moods") as reader:
+
+        def log(line: str) -> None:
+            told.append(line)
+            if line.startswith("waiting"):
+                reader.kill()
+                reader.wait()
+
+        versioning.version_data(project.root, "moods", log)
+    assert sum(versioning.BLOCKED in line for line in told) == 1
+    assert told[-1] == "waiting for that run to end"
+    assert versioning.is_fresh(project.root, "data.dvc")
+
+
+def test_a_push_that_fails_says_why_and_one_that_does_not_says_nothing(
+    project: Project, tmp_path: Path
+) -> None:
+    examples.write_texts(project.root / "data/moods/moods.csv")
+    told: list[str] = []
+    versioning.version_data(project.root, "moods", told.append)
+    project.ok("dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
+    assert versioning.push(project.root, "moods", told.append)
+    assert not told
+    (tmp_path / "file").touch()
+    project.ok("dvc", "remote", "modify", "store", "url", str(tmp_path / "file/store"))
+    with pytest.raises(HeadstartError) as caught:
+        versioning.push(project.root, "moods", told.append)
+    assert "Not a directory" in str(caught.value)

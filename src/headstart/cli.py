@@ -226,9 +226,9 @@ def models(
     _anywhere()
     client = promotion.opened()
     if not name:
-        lines = [
-            {"model": model.name, "champion": promotion.champion_of(client, model.name) or "none"}
-            for model in client.search_registered_models()
+        lines: list[dict[str, object]] = [
+            {"model": model, "champion": promotion.champion_of(client, model) or "none"}
+            for model in promotion.models(client)
         ]
         print(_columns(lines) if lines else "no model is registered yet")
     elif history:

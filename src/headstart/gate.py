@@ -73,7 +73,14 @@ class Judged:
     domains: NDArray[Any]  # names
 
 
-def judge(rows: Judged, candidate: Answers, champion: Answers | None, rules: Promote) -> Verdict:
+def judge(
+    rows: Judged,
+    candidate: Answers,
+    champion: Answers | None,
+    rules: Promote,
+    *,
+    named: str = "the champion",
+) -> Verdict:
     """Compare a candidate with the champion, or with always naming the commonest class if there is none.
 
     Better is shown by a paired bootstrap over groups: the gain must exceed ``min_gain`` in all but
@@ -87,12 +94,13 @@ def judge(rows: Judged, candidate: Answers, champion: Answers | None, rules: Pro
         candidate: what the new model says.
         champion: what the present one says.
         rules: the recipe's block ``promote``.
+        named: what the reasons call the present one.
 
     Raises:
         ValueError: shapes that do not fit, or no rows.
     """
     rival = champion if champion is not None else commonest(rows.truth, candidate.probabilities.shape[1])
-    against = "the champion" if champion is not None else "always naming the commonest class"
+    against = named if champion is not None else "always naming the commonest class"
     ours, theirs = (_score(rows.truth, answers, rules.metric) for answers in (candidate, rival))
     gain = None if ours is None or theirs is None else ours - theirs
     figures: dict[str, float | None] = {"candidate": ours, "against": theirs, "gain": gain}

@@ -21,7 +21,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from headstart import adapters, batches, drift, mojibake, promotion, registry, scoring, stores, trials, validation
+from headstart import (
+    adapters,
+    batches,
+    drift,
+    mojibake,
+    promotion,
+    registry,
+    scoring,
+    stores,
+    trials,
+    validation,
+)
 from headstart.drift import Drift, Side
 from headstart.errors import HeadstartError
 from headstart.evaluation import positions

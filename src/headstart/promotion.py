@@ -36,7 +36,6 @@ CANDIDATE, CHALLENGER, CHAMPION, PREVIOUS = ALIASES = ("candidate", "challenger"
 PENDING = "headstart.pending"
 COUNT = "headstart.decisions"
 ENTRY = "headstart.decision."  # and the number of the decision, from 1 for each model
-BATCHES = "headstart.batches"  # the batches that a version's data had, as a JSON list
 VERDICT = "headstart.verdict"
 PATIENCE = 300  # seconds to wait for whoever else decides about the same model
 LONGEST = 3000  # characters of all reasons: PostgreSQL holds 5,000 in a model's tag
@@ -67,6 +66,11 @@ def champion_of(client: MlflowClient, name: str) -> str | None:
     return aliases(client, name).get(CHAMPION)
 
 
+def rival_of(now: dict[str, str]) -> str | None:
+    """What a new version has to beat by these aliases: the champion, or if that is gone the one before it."""
+    return now.get(CHAMPION) or now.get(PREVIOUS)
+
+
 def aliases(client: MlflowClient, name: str) -> dict[str, str]:
     """Version by alias; of a model that does not exist, none."""
     from mlflow.exceptions import MlflowException
@@ -77,6 +81,18 @@ def aliases(client: MlflowClient, name: str) -> dict[str, str]:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return {}
         raise
+
+
+def models(client: MlflowClient) -> list[str]:
+    """The names of all models."""
+    found: list[str] = []
+    token = None
+    while True:
+        page = client.search_registered_models(page_token=token)
+        found += [model.name for model in page]
+        token = page.token
+        if not token:
+            return sorted(found)
 
 
 def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
@@ -104,6 +120,11 @@ def history(client: MlflowClient, name: str) -> list[Entry]:
     return sorted(found, key=lambda entry: entry.number)
 
 
+def had_champion(client: MlflowClient, name: str) -> bool:
+    """Whether the history knows of a champion, which may be gone."""
+    return any(entry.champion or entry.action in {"promoted", "forced"} for entry in history(client, name))
+
+
 def crown(
     client: MlflowClient,
     name: str,
@@ -114,7 +135,7 @@ def crown(
     judged: str | None = None,
     against: str | None = None,
 ) -> Entry | None:
-    """Make a version the champion; what was champion becomes ``previous``.
+    """Make a version the champion; what was champion becomes ``previous``, or stays it if that is gone.
 
     Args:
         client: of the registry.
@@ -123,24 +144,28 @@ def crown(
         reasons: why, in sentences.
         forced: a person decided, not the gate.
         judged: digest of what the gate looked at.
-        against: the champion that the gate compared with. If another one is champion by now, nothing
-            happens: the proof is about a model that is gone. Nor does anything if the gate, which may have
-            judged before that, would crown a version that was rolled back from.
+        against: the rival that the gate compared with. If it is another one by now, nothing happens: the
+            proof is about a model that is gone. Nor does anything if the gate, which may have judged before
+            that, would crown a version that was rolled back from.
 
     Returns:
-        The decision; None if another champion than ``against`` reigns, or this one without a decision, or if
-        the version was rolled back from.
+        The decision; None if the rival is another one than ``against``, or this version is champion without a
+        decision, or if it was rolled back from.
     """
     with _turn(client, name) as now:
-        before = now.aliases.get(CHAMPION)
+        before = rival_of(now.aliases)
         decided = entries(client.get_model_version(name, version).tags)
-        if before == version:
+        reigns = now.aliases.get(CHAMPION) == version
+        said = bool(decided) and decided[-1].reasons == reasons
+        if reigns and (said or not forced):
             return decided[-1] if decided else None
         if not forced and (before != against or rolled_back(decided)):
             return None
+        if before == version:
+            before = now.aliases.get(PREVIOUS) if reigns else None
         action: Action = "forced" if forced else "promoted"
         entry = now.entry(action, reasons, version=version, champion=before, judged=judged)
-        change: dict[str, str | None] = {CHAMPION: version, PREVIOUS: before}
+        change: dict[str, str | None] = {} if reigns else {CHAMPION: version, PREVIOUS: before}
         if now.aliases.get(CHALLENGER) == version:
             change[CHALLENGER] = None
         _change(client, name, entry, change)
@@ -160,11 +185,11 @@ def refuse(
     """Write down that a version was not promoted; ``fit``: it becomes the challenger.
 
     What was ``judged`` and refused already is not written down again. As for ``crown``, nothing happens, and
-    None is returned, if another champion than ``against`` reigns, or the version was rolled back from.
+    None is returned, if the rival is another one than ``against``, or the version was rolled back from.
     """
     with _turn(client, name) as now:
         decided = entries(client.get_model_version(name, version).tags)
-        champion = now.aliases.get(CHAMPION)
+        champion = rival_of(now.aliases)
         if champion != against or rolled_back(decided):
             return None
         if decided and (decided[-1].action, decided[-1].judged) == ("refused", judged):
@@ -386,7 +411,9 @@ def known(client: MlflowClient, name: str) -> list[ModelVersion]:
     if not found:
         import difflib
 
-        names = [model.name for model in client.search_registered_models()]
+        names = models(client)
+        if name in names:
+            raise HeadstartError(f"the model {name} has no version yet", do="register one: `headstart run`")
         near = difflib.get_close_matches(name, names, n=1)
         raise HeadstartError(
             f"the registry has no model {name}",
@@ -408,6 +435,11 @@ def tags(client: MlflowClient, name: str, version: str) -> dict[str, str]:
     return found[version]
 
 
+def _place(alias: str) -> tuple[int, str]:
+    """Those that people made come after ours."""
+    return (ALIASES.index(alias), "") if alias in ALIASES else (len(ALIASES), alias)
+
+
 def table(client: MlflowClient, name: str) -> list[dict[str, Any]]:
     """One line per version, newest first: aliases, test metrics, data and the latest decision."""
     by_version: dict[str, list[str]] = {}
@@ -421,7 +453,7 @@ def table(client: MlflowClient, name: str) -> list[dict[str, Any]]:
         lines.append(
             {
                 "version": number,
-                "aliases": ", ".join(a for a in ALIASES if a in by_version.get(number, ())),
+                "aliases": ", ".join(sorted(by_version.get(number, ()), key=_place)),
                 "accuracy": measured.get("test.accuracy.value"),
                 "balanced accuracy": measured.get("test.balanced_accuracy.value"),
                 "data": version.tags.get("headstart.data", "")[:8],

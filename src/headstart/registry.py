@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from headstart import batches, models, promotion, sources, stamps, stores
+from headstart import models, promotion, sources, stamps, stores
 from headstart.errors import HeadstartError
 from headstart.layout import Layout, sha256_of
 from headstart.promotion import CANDIDATE
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
+BATCHES = "batches.json"  # in a run's files: the batches that its model was trained on
+BATCHES_TAG = "headstart.batches"  # where older versions have them; a tag holds only so many
 BATCH = 1000  # metrics per request: the most that MLflow takes
 LONGEST = 100  # characters of a part of a metric's or parameter's name: MLflow takes 250 of the whole
 # What the served model imports, besides the library of its backbone.
@@ -113,6 +115,25 @@ def attach(name: str, version: str, file: Path) -> str:
     return shown or file.as_uri()
 
 
+def batches_of(version: ModelVersion) -> list[str]:
+    """Batches of which a version was trained on any row; of one older than batches, none.
+
+    Raises:
+        HeadstartError: the store cannot be reached.
+    """
+    import mlflow
+
+    if said := version.tags.get(BATCHES_TAG):
+        older: list[str] = json.loads(said)
+        return older
+    with stores.asked("the MLflow store did not give the names of the batches"):
+        files = mlflow.MlflowClient().list_artifacts(version.run_id) if version.run_id else []
+        if not any(file.path == BATCHES for file in files):
+            return []
+        names: list[str] = json.loads(mlflow.artifacts.load_text(f"runs:/{version.run_id}/{BATCHES}"))
+        return names
+
+
 def _find(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
     """The newest version that carries ``digest``, if it is complete."""
     matching = (
@@ -142,14 +163,13 @@ def _log_run(recipe: Recipe, layout: Layout, model: dict[str, Any], digest: str,
     metrics = json.loads((layout.evidence / "metrics.json").read_text(encoding="utf-8"))
     tags = lineage(layout, model) | {"headstart.digest": digest, "headstart.reason": reason}
     # The tags come with the run and with the version: what lacks them was cut short before it was anything.
-    # The batches' names are the version's alone: a run's tag holds 8,000 characters, and batches only grow.
-    of_run = {name: said for name, said in tags.items() if name != promotion.BATCHES}
-    with mlflow.start_run(run_name=f"{recipe.train.method} {digest[:8]}", tags=of_run) as run:
+    with mlflow.start_run(run_name=f"{recipe.train.method} {digest[:8]}", tags=tags) as run:
         choices = _flat(recipe.model_dump(mode="json", by_alias=True))
         mlflow.log_params({key: sources.redacted(str(value)) for key, value in choices.items()})
         mlflow.log_metrics({name: value for name, value in _flat(metrics).items() if value is not None})
         _log_history(run.info.run_id, layout, model["stamps"])
         _log_data(layout, recipe)
+        _log_batches(layout)
         mlflow.log_artifacts(str(layout.evidence), "evidence")
         text = (layout.root / "recipes" / f"{layout.recipe}.yaml").read_text(encoding="utf-8")
         mlflow.log_text(sources.redacted(text), f"{layout.recipe}.yaml")
@@ -244,17 +264,34 @@ def _log_data(layout: Layout, recipe: Recipe) -> None:
     mlflow.log_input(MetaDataset(source, name=layout.recipe, digest=digest[:36]), context="training")
 
 
+def _log_batches(layout: Layout) -> None:
+    """Those in the manifest: what came during training lies in ``data/`` as well."""
+    import mlflow
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    manifest = pq.read_table(layout.manifest / "manifest.parquet", columns=["batch"])
+    names = sorted(name for name in pc.unique(manifest["batch"]).to_pylist() if name)
+    mlflow.log_text(json.dumps(names), BATCHES)
+
+
 def lineage(layout: Layout, model: dict[str, Any]) -> dict[str, str]:
     """Where the model comes from, as tags: git commit, DVC's digest of the data, stamps, versions."""
     stamped = {key: value for key, value in model["stamps"].items() if isinstance(value, str)}
     tags = {f"headstart.{key}": value for key, value in stamped.items()}
     tags["headstart.git_commit"] = _git(layout.root, "rev-parse", "HEAD")
     tags["headstart.git_dirty"] = str(bool(_git(layout.root, "status", "--porcelain"))).lower()
-    tags[promotion.BATCHES] = json.dumps(batches.names(layout))
-    pointer = layout.root / "data.dvc"
-    if pointer.exists():
-        tags["headstart.dvc_data"] = yaml.safe_load(pointer.read_text(encoding="utf-8"))["outs"][0]["md5"]
+    if validated := _validated(layout):
+        tags["headstart.dvc_data"] = validated
     return tags
+
+
+def _validated(layout: Layout) -> str | None:
+    """DVC's digest of ``data/<recipe>`` as validate read it; data.dvc may have what came since."""
+    path = layout.root / "dvc.lock"
+    stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"] if path.exists() else {}
+    deps = stages.get(f"validate@{layout.recipe}", {}).get("deps", [])
+    return next((dep.get("md5") for dep in deps if dep["path"] == f"data/{layout.recipe}"), None)
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -42,6 +42,8 @@ LOG_BYTES = 5_000_000
 # With Prefect's default, which lives in its server's memory, a restart of the server would end every run
 # whose deployment limits how many run at once.
 LEASES = "prefect.server.concurrency.lease_storage.filesystem"
+# By default Prefect deletes old events and no run, and a recipe's inbox is looked into every minute.
+KEPT = 30 * 24 * 3600  # seconds
 
 
 @dataclass
@@ -305,6 +307,8 @@ def settings(root: Path, port: int, mlflow_port: int, given: Mapping[str, str]) 
         "MLFLOW_BACKEND_STORE_URI": store,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 2 GB, for what nothing here uses
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES,
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(KEPT),
         "PYTHONUNBUFFERED": "1",
     }
     here = {

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from headstart import evaluation, gate, models, promotion, stores
-from headstart.errors import HeadstartError
+from headstart.errors import HeadstartError, unmade
 from headstart.gate import Judged, Verdict
 from headstart.layout import HIDDEN, Layout, sha256_of
 from headstart.models import Version
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 TIMED, TURNS = 256, 3  # rows that are timed, and how often
 TRIES = 5  # judgements, if another champion is crowned during each
+STANDS = "its promotion stands, and no version was champion"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ class Decided:
         else:
             stays = f"version {self.champion} stays champion" if self.champion else "there is no champion"
             verb = f"{'is' if self.new else 'was'} not promoted, {stays}"
-        why = self.entry.reasons if self.entry and self.new else []
+        # Where there is no champion, somebody has to do something about it.
+        open_still = self.entry and self.entry.action == "refused" and self.champion is None
+        why = self.entry.reasons if self.entry and (self.new or open_still) else []
         if self.new and self.verdict and self.verdict.promoted:  # of all that holds, what it gains says most
             why = [check.words for check in self.verdict.checks if check.rule == "min_gain"]
         return f"{self.name} version {self.version} {verb}{': ' if why else ''}{'; '.join(why)}"
@@ -76,6 +79,9 @@ def decide(recipe: Recipe, layout: Layout, version: str | None = None) -> Decide
 
     What has been judged once, against the same champion, by the same rules and on the same rows, is not
     judged again. A version that was rolled back from stays where it is.
+
+    A champion may be gone: deleted, or its alias taken away. A candidate whose promotion stands is then
+    crowned again; any other version has to beat the champion before. If there is none, a person chooses.
 
     Args:
         recipe: its block ``promote`` has the rules.
@@ -99,28 +105,35 @@ def decide(recipe: Recipe, layout: Layout, version: str | None = None) -> Decide
                     f"{name} has no candidate", do=f"name a version of `headstart models {name}`"
                 )
             tags = promotion.tags(client, name, chosen)
+            rival = promotion.rival_of(now)
+            gone = champion is None and (rival is not None or promotion.had_champion(client, name))
         decided = promotion.entries(tags)
-        key = _key(recipe, layout, tags, champion)
+        key = _key(recipe, layout, tags, rival)
         known = decided and (decided[-1].judged == key or promotion.rolled_back(decided))
-        if chosen == champion or known:
+        stands = gone and chosen == now.get(CANDIDATE) and decided and decided[-1].action == "promoted"
+        if chosen == champion or (known and not stands):
             last = decided[-1] if decided else None
             verdict, judged = verdict_of(tags), _judged(decided)
             return Decided(name, chosen, last, verdict, champion, new=False, judged=judged)
-        verdict = compare(recipe, layout, chosen, champion)  # what fails here has words of its own
+        if stands:
+            verdict, reasons, fit = verdict_of(tags), [STANDS], False
+        elif gone and rival in {None, chosen}:
+            verdict, reasons, fit = None, [], False
+        else:
+            # What fails here has words of its own.
+            verdict, reasons, fit = _judge(recipe, layout, chosen, rival, reigns=rival == champion)
+        promoted = stands or (verdict is not None and verdict.promoted)
+        if gone and not promoted:
+            command = f"headstart promote {name} VERSION --force --because REASON"
+            reasons = [*reasons, f"the champion is gone: `{command}` makes a version champion"]
         with asking():
-            if verdict is None:
-                where = recipe.validate_.target_domain
-                reasons, fit = [f"no label of {where} is known, so nothing can be shown"], False
-            else:
+            if verdict is not None:
                 said = json.dumps(verdict.to_dict())
                 client.set_model_version_tag(name, chosen, promotion.VERDICT, said)
-                others = (check for check in verdict.checks if check.rule not in {"min_gain", "mcnemar"})
-                reasons, fit = verdict.reasons, all(check.passed for check in others)
-            promoted = verdict is not None and verdict.promoted
             if promoted:
-                entry = promotion.crown(client, name, chosen, reasons, judged=key, against=champion)
+                entry = promotion.crown(client, name, chosen, reasons, judged=key, against=rival)
             else:
-                entry = promotion.refuse(client, name, chosen, reasons, judged=key, against=champion, fit=fit)
+                entry = promotion.refuse(client, name, chosen, reasons, judged=key, against=rival, fit=fit)
         if entry:  # or somebody else has decided meanwhile
             reigns, judged = chosen if promoted else champion, _judged([*decided, entry])
             return Decided(name, chosen, entry, verdict, reigns, new=True, judged=judged)
@@ -129,6 +142,18 @@ def decide(recipe: Recipe, layout: Layout, version: str | None = None) -> Decide
         do="run the same command again",
         transient=True,
     )
+
+
+def _judge(
+    recipe: Recipe, layout: Layout, version: str, rival: str | None, *, reigns: bool
+) -> tuple[Verdict | None, list[str], bool]:
+    """The verdict, its reasons, and whether the version is fit for use, be it better or not."""
+    verdict = compare(recipe, layout, version, rival, reigns=reigns)
+    if verdict is None:
+        where = recipe.validate_.target_domain
+        return None, [f"no label of {where} is known, so nothing can be shown"], False
+    others = (check for check in verdict.checks if check.rule not in {"min_gain", "mcnemar"})
+    return verdict, verdict.reasons, all(check.passed for check in others)
 
 
 def decided_about(recipe: Recipe, digest: str) -> Decided | None:
@@ -143,8 +168,12 @@ def decided_about(recipe: Recipe, digest: str) -> Decided | None:
     return None
 
 
-def compare(recipe: Recipe, layout: Layout, version: str, champion: str | None) -> Verdict | None:
+def compare(
+    recipe: Recipe, layout: Layout, version: str, other: str | None, *, reigns: bool = False
+) -> Verdict | None:
     """The verdict about a version against another, or against the commonest class; None without labels.
+
+    ``reigns``: the other one is the champion, and called so.
 
     Raises:
         HeadstartError: a version or the rows are missing, or it cannot read them.
@@ -152,7 +181,7 @@ def compare(recipe: Recipe, layout: Layout, version: str, champion: str | None) 
     rows, items = _rows(recipe, layout)
     if not len(rows):
         return None
-    asked = [models.load(recipe.model_name, number) for number in (version, champion) if number is not None]
+    asked = [models.load(recipe.model_name, number) for number in (version, other) if number is not None]
     classes = list(dict.fromkeys([*(c for each in asked for c in each.model.classes), *rows["label"]]))
     answers = [_answers(each, items, classes) for each in asked]
     if recipe.promote.max_latency_ratio is not None:
@@ -163,7 +192,9 @@ def compare(recipe: Recipe, layout: Layout, version: str, champion: str | None) 
         rows["group"].factorize()[0],
         rows["domain"].to_numpy(str),
     )
-    return gate.judge(judged, answers[0], answers[1] if champion is not None else None, recipe.promote)
+    against = answers[1] if other is not None else None
+    named = "the champion" if reigns else f"version {other}"
+    return gate.judge(judged, answers[0], against, recipe.promote, named=named)
 
 
 def _judged(decided: list[Entry]) -> Entry | None:
@@ -222,9 +253,7 @@ def manifest(layout: Layout, missing: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         rows = pd.read_parquet(layout.manifest / "manifest.parquet")
         return rows, pd.read_parquet(layout.truth / "labels.parquet")
     except FileNotFoundError as error:
-        raise HeadstartError(
-            missing, where=str(error.filename), do=f"run `dvc repro validate@{layout.recipe}`"
-        ) from None
+        raise unmade(missing, error, layout.recipe, "validate") from None
 
 
 def items(recipe: Recipe, layout: Layout, rows: pd.DataFrame) -> list[Item]:
