@@ -14,8 +14,9 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -65,33 +66,14 @@ def validate(recipe: Recipe, layout: Layout) -> None:
             table=[f"{n} rows: {reason}" for reason, n in frame["left_out"].value_counts().items()],
             do="check the data and the adapter",
         )
-    content = "text" if "text" in frame else "path"
-    broken = pd.concat([schemas.failures(kept, options), _spelt_twice(kept["label"], options)])
-    contents = kept[content].fillna("").tolist()
-    extra: dict[str, object] = {}
-    if content == "path":
-        pictures = look_at(layout.raw, contents, options.min_image_side)
-        broken = pd.concat([broken, pictures.broken])
-        extra = {"modes": pictures.modes, "first_frame_only": pictures.animated}
-        kept["digest"] = keys = pictures.digests
-    else:
-        kept["digest"] = [hashlib.sha256(text.encode()).hexdigest() for text in contents]
-        keys = [duplicates.normalised(text) for text in contents]
-    _refuse(broken, layout)
-
-    code = pd.factorize(pd.Series(keys))[0]
-    pairs = {"duplicate_pairs": duplicates.exact(keys)}
-    if options.near_duplicates:
-        near = (
-            duplicates.near_texts(keys)
-            if content == "text"
-            else duplicates.near_pictures(pictures.thumbnails)
-        )
-        pairs["near_duplicate_pairs"] = near[code[near[:, 0]] != code[near[:, 1]]]
-    label = kept["label"].to_numpy()
-    first, second = pairs["duplicate_pairs"].T
-    both = (label[first] != HIDDEN) & (label[second] != HIDDEN)
-    contradictions = int((both & (label[first] != label[second])).sum())
+    content = _Content.of(kept, layout.raw, options)
+    broken = [schemas.failures(kept, options), _spelt_twice(kept["label"], options), content.broken]
+    _refuse(pd.concat(broken), layout)
+    kept["digest"] = content.digests
+    code = pd.factorize(pd.Series(content.keys))[0]
+    pairs = content.pairs(code, near=options.near_duplicates)
+    counts = {name: len(found) for name, found in pairs.items()}
+    counts["duplicates_with_another_label"] = _contradictions(kept["label"], pairs["duplicate_pairs"])
 
     kept, repeated = _in_splits(
         kept, code, np.concatenate(list(pairs.values())), options, _earlier(layout, kept)
@@ -100,11 +82,11 @@ def validate(recipe: Recipe, layout: Layout) -> None:
     _refuse(schemas.split_failures(kept, options, classes), layout)
     kept = _given_back(kept, truth, options)
 
-    left_out = pd.concat([frame[~usable], repeated])[["id", "left_out", content]]
-    left_out = left_out.rename(columns={"left_out": "reason", content: "value"})
-    repaired = frame.loc[frame["original"].notna(), ["id", "original", content]]
-    repaired = repaired.rename(columns={"original": "before", content: "after"})
-    manifest = kept[[COLUMNS[0], content, *COLUMNS[1:]]]
+    left_out = pd.concat([frame[~usable], repeated])[["id", "left_out", content.column]]
+    left_out = left_out.rename(columns={"left_out": "reason", content.column: "value"})
+    repaired = frame.loc[frame["original"].notna(), ["id", "original", content.column]]
+    repaired = repaired.rename(columns={"original": "before", content.column: "after"})
+    manifest = kept[[COLUMNS[0], content.column, *COLUMNS[1:]]]
     report = {
         "rows": len(manifest),
         "by_split": _counts(manifest, "split"),
@@ -114,15 +96,21 @@ def validate(recipe: Recipe, layout: Layout) -> None:
         "left_out": _counts(left_out, "reason"),
         "repaired": len(repaired),
         "groups": int(manifest["group"].nunique()),
-        **{name: len(found) for name, found in pairs.items()},
-        "duplicates_with_another_label": contradictions,
-        **extra,
+        **counts,
+        **content.told,
     }
+    _write(layout, {"manifest": manifest, "left_out": left_out, "repaired": repaired}, truth, report)
+
+
+def _write(
+    layout: Layout, tables: dict[str, pd.DataFrame], truth: pd.DataFrame, report: dict[str, Any]
+) -> None:
+    """Write the tables, each sorted by id and then by all else, the labels put aside, and the report."""
+    manifest = tables["manifest"]
     with written_whole(layout.truth) as folder:
         truth = truth[truth["id"].isin(manifest["id"])].sort_values("id", ignore_index=True)
         truth.astype("str").to_parquet(folder / "labels.parquet", index=False)
     with written_whole(layout.manifest) as folder:
-        tables = {"manifest": manifest, "left_out": left_out, "repaired": repaired}
         for name, table in tables.items():
             typed = table.astype({c: "float32" if c in ("confidence", "weight") else "str" for c in table})
             # Ids are unique among the usable rows alone.
@@ -144,9 +132,8 @@ def completed(frame: pd.DataFrame) -> pd.DataFrame:
         filled[column] = pd.Series(strings, dtype="str", index=frame.index)
     filled["label"] = filled["label"].replace("", None)  # in a manifest that is a label put aside
     unlabelled = filled["label"].isna() & filled["left_out"].isna() & (filled["batch"] != "")
-    filled.loc[unlabelled, "left_out"] = (
-        adapters.NO_LABEL
-    )  # of the source this is a fault, of a batch it is not
+    # Of the source this is a fault, of a batch it is not.
+    filled.loc[unlabelled, "left_out"] = adapters.NO_LABEL
     filled["domain"] = filled["domain"].replace("", None).fillna("all")
     filled["id"] = filled["id"].replace("", None)
     filled["place"] = filled["id"].fillna(filled["place"])
@@ -283,6 +270,49 @@ def _content_ids(frame: pd.DataFrame) -> pd.Series:
     number = number[number > 0] + 1
     base.loc[number.index] += "-" + number.astype(str)
     return base
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What rows hold: texts, or pictures."""
+
+    column: str
+    digests: list[str]  # hex sha256
+    keys: list[str]  # the same for what counts as the same
+    broken: pd.DataFrame  # failures
+    thumbnails: np.ndarray | None = None  # of pictures
+    told: dict[str, object] = field(default_factory=dict)  # in the report
+
+    @classmethod
+    def of(cls, rows: pd.DataFrame, raw: Path, options: Validate) -> _Content:
+        """Look at all of them."""
+        if "text" in rows:
+            texts = rows["text"].fillna("").tolist()
+            digests = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+            keys = [duplicates.normalised(text) for text in texts]
+            return cls("text", digests, keys, pd.DataFrame(columns=schemas.COLUMNS))
+        seen = look_at(raw, rows["path"].fillna("").tolist(), options.min_image_side)
+        told: dict[str, object] = {"modes": seen.modes, "first_frame_only": seen.animated}
+        return cls("path", seen.digests, seen.digests, seen.broken, seen.thumbnails, told)
+
+    def pairs(self, code: Ints, *, near: bool) -> dict[str, duplicates.Pairs]:
+        """Rows that are the same, and those that are nearly so; ``code`` is the same for the same content."""
+        found = {"duplicate_pairs": duplicates.exact(self.keys)}
+        if near:
+            alike = (
+                duplicates.near_texts(self.keys)
+                if self.thumbnails is None
+                else duplicates.near_pictures(self.thumbnails)
+            )
+            found["near_duplicate_pairs"] = alike[code[alike[:, 0]] != code[alike[:, 1]]]
+        return found
+
+
+def _contradictions(labels: pd.Series, pairs: duplicates.Pairs) -> int:
+    """How many of these pairs have two labels that are known and differ."""
+    label = labels.to_numpy()
+    first, second = label[pairs[:, 0]], label[pairs[:, 1]]
+    return int(((first != HIDDEN) & (second != HIDDEN) & (first != second)).sum())
 
 
 @dataclass
