@@ -53,9 +53,7 @@ def test_every_command_in_the_docs_exists(language: str, body: str) -> None:
             assert set(re.findall(r"(?<!\S)--[a-z-]+", match[2])) <= options | {"--help"}, line
         for target in re.findall(r"^make ([a-z-]+)", line):
             assert target in targets, line
-        for recipe in re.findall(
-            r"recipes/((?:solar-cells|sentiment)[a-z-]*|hymenoptera|bert)\.yaml", line
-        ):
+        for recipe in re.findall(r"recipes/((?:solar-cells|sentiment)[a-z-]*|hymenoptera|bert)\.yaml", line):
             assert (ROOT / "recipes" / f"{recipe}.yaml").exists()
 
 

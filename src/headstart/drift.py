@@ -167,76 +167,15 @@ def detect(
     """
     if min(len(known), len(recent)) < FEWEST:
         raise ValueError(f"{len(known)} known and {len(recent)} recent rows: {FEWEST} are the fewest to test")
+    measured = _measured(known, recent)
+    judged = all(np.isfinite(side.right).any() for side in (known, recent))
+    count = 4 + len(measured) + judged  # two of features, two of predictions
+    # Deal, features and labels draw from it in this sequence, which is part of what a seed stands for.
     chance = np.random.default_rng(seed)
-    measured = {
-        name: np.concatenate([known.inputs[name], recent.inputs[name]])
-        for name in known.inputs
-        if name in recent.inputs
-    }
-    measured = {name: values for name, values in measured.items() if np.ptp(values) > 0}
-    judged = np.isfinite(known.right).any() and np.isfinite(recent.right).any()
-    count = 4 + len(measured) + int(judged)
-    permutations = max(permutations, ceil(count / level))
-    units = _units(known, recent, ROOM * count / level)
-    codes = np.arange(len(known) + len(recent)) if units is None else units
-    # In an order that knows no side, so that nothing depends on it.
-    order = chance.permutation(len(codes))
-    sides = np.arange(len(codes)) >= len(known)
-    dealt = _dealt(codes[order], sides[order], permutations, chance)
-
-    distance, p = shifts.mmd(
-        known.vectors,
-        recent.vectors,
-        (codes[: len(known)], codes[len(known) :]),
-        seed=seed,
-        rows=max(len(known), len(recent)),
-        permutations=permutations,
-    )
-    areas, scores = _told_apart(_both(known.vectors, recent.vectors)[order], codes[order], dealt, chance)
-    tests = [
-        Test("features", "kernel discrepancy", "MMD²", distance, p),
-        Test("features", "domain classifier", "AUROC", float(areas[0]), _p(areas)),
-    ]
-    probabilities = _both(known.probabilities, recent.probabilities)[order]
-    distances = np.stack([_ks(column, dealt) for column in probabilities.T[1 if len(classes) == 2 else 0 :]])
-    most = int(distances[:, 0].argmax())
-    named = classes[1] if len(classes) == 2 else classes[most]
-    index = _psi(_both(known.named, recent.named)[order], dealt)
-    before, after = (float(np.median(s.probabilities[:, classes.index(named)])) for s in (known, recent))
-    tests += [
-        Test(
-            "predictions",
-            f"probability of {named}",
-            "KS",
-            float(distances[most, 0]),
-            _p(distances.max(axis=0)),
-            known=before,
-            recent=after,
-        ),
-        Test("predictions", "classes named", "PSI", float(index[0]), _p(index)),
-    ]
-    for name, values in measured.items():
-        distances = _ks(values[order], dealt)
-        before, after = np.median(values[: len(known)]), np.median(values[len(known) :])
-        tests.append(
-            Test(
-                "inputs",
-                name,
-                "KS",
-                float(distances[0]),
-                _p(distances),
-                known=float(before),
-                recent=float(after),
-            )
-        )
-    if judged:
-        # Of the rows whose labels are known, which may be none of some groups: these are dealt.
-        right = _both(known.right, recent.right)
-        some = np.isfinite(right)
-        tests.append(_fallen(right[some], _dealt(codes[some], sides[some], permutations, chance)))
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
-    found = scores[place[len(known) :]]
+    deal = _deal(known, recent, count / level, permutations, chance)
+    tests, unlike = _features(known, recent, deal, seed, chance)
+    tests += _predictions(known, recent, classes, deal) + _inputs(measured, deal)
+    tests += _labels(known, recent, deal, chance) if judged else []
     return Drift(
         tests=_corrected(tests),
         level=level,
@@ -244,13 +183,97 @@ def detect(
         recent=len(recent),
         labelled=int(np.isfinite(recent.right).sum()),
         groups=_groups(recent),
-        grouped=units is not None,
-        drifted=tuple(np.argsort(-found, kind="stable").tolist()),
+        grouped=deal.grouped,
+        drifted=tuple(np.argsort(-unlike, kind="stable").tolist()),
     )
+
+
+@dataclass(frozen=True)
+class _Deal:
+    """How the rows of both sides, the n known ones first, are dealt to the sides anew."""
+
+    codes: Ints  # int64 [n + m]: rows of one code are dealt as a whole
+    grouped: bool  # whether a code is a group's, and not a row's own
+    sides: NDArray[np.bool_]  # [n + m], whether a row is recent
+    order: Ints  # int64 [n + m], positions in an order that knows no side, so that nothing depends on it
+    permutations: int
+    dealt: Floats  # float64 [n + m, 1 + permutations], rows in ``order``: as ``_dealt`` has it
+
+
+def _deal(known: Side, recent: Side, needed: float, permutations: int, chance: np.random.Generator) -> _Deal:
+    """As many deals as asked for, or as are ``needed`` if these are more; of groups where they allow it."""
+    permutations = max(permutations, ceil(needed))
+    units = _units(known, recent, ROOM * needed)
+    codes = np.arange(len(known) + len(recent)) if units is None else units
+    sides = np.arange(len(codes)) >= len(known)
+    order = chance.permutation(len(codes))
+    dealt = _dealt(codes[order], sides[order], permutations, chance)
+    return _Deal(codes, units is not None, sides, order, permutations, dealt)
 
 
 def _both(known: NDArray[Any], recent: NDArray[Any]) -> NDArray[Any]:
     return np.concatenate([known, recent])
+
+
+def _measured(known: Side, recent: Side) -> dict[str, Floats]:
+    """What the inputs of both sides measure, [n + m] by name, where it varies at all."""
+    shared = [name for name in known.inputs if name in recent.inputs]
+    measured = {name: _both(known.inputs[name], recent.inputs[name]) for name in shared}
+    return {name: values for name, values in measured.items() if np.ptp(values) > 0}
+
+
+def _features(
+    known: Side, recent: Side, deal: _Deal, seed: int, chance: np.random.Generator
+) -> tuple[list[Test], Floats]:
+    """The tests of what the head reads, and how unlike the known rows each recent one is, [m]."""
+    x, y = known.vectors, recent.vectors
+    codes, rows = (deal.codes[~deal.sides], deal.codes[deal.sides]), max(len(known), len(recent))
+    distance, p = shifts.mmd(x, y, codes, seed=seed, rows=rows, permutations=deal.permutations)
+    areas, scores = _told_apart(_both(x, y)[deal.order], deal.codes[deal.order], deal.dealt, chance)
+    tests = [
+        Test("features", "kernel discrepancy", "MMD²", distance, p),
+        _test("features", "domain classifier", "AUROC", areas),
+    ]
+    return tests, scores[np.argsort(deal.order)][deal.sides]
+
+
+def _predictions(known: Side, recent: Side, classes: Sequence[str], deal: _Deal) -> list[Test]:
+    """The tests of the probabilities, by the class whose moved the most, and of the classes named."""
+    probabilities = _both(known.probabilities, recent.probabilities)
+    named = _both(known.named, recent.named)[deal.order]
+    first = 1 if len(classes) == 2 else 0  # of two classes, one's probability is all there is to know
+    distances = np.stack([_ks(column, deal.dealt) for column in probabilities[deal.order].T[first:]])
+    most = first + int(distances[:, 0].argmax())
+    moved = _medians(probabilities[:, most], deal)
+    return [
+        # The furthest of all classes in every deal, as in the true one.
+        _test("predictions", f"probability of {classes[most]}", "KS", distances.max(axis=0), moved),
+        _test("predictions", "classes named", "PSI", _psi(named, deal.dealt)),
+    ]
+
+
+def _inputs(measured: Mapping[str, Floats], deal: _Deal) -> list[Test]:
+    """A test of each measure, [n + m] by name."""
+    return [
+        _test("inputs", name, "KS", _ks(values[deal.order], deal.dealt), _medians(values, deal))
+        for name, values in measured.items()
+    ]
+
+
+def _labels(known: Side, recent: Side, deal: _Deal, chance: np.random.Generator) -> list[Test]:
+    """The test of how far the share of right answers has fallen; some labels of both sides are known."""
+    right = _both(known.right, recent.right)
+    # Of the rows whose labels are known, which may be none of some groups: these are dealt.
+    some = np.isfinite(right)
+    right, dealt = right[some], _dealt(deal.codes[some], deal.sides[some], deal.permutations, chance)
+    theirs, size = right @ dealt, dealt.sum(axis=0)
+    after, before = theirs / size, (right.sum() - theirs) / (len(right) - size)
+    return [_test("labels", "right answers", "fall", before - after, (float(before[0]), float(after[0])))]
+
+
+def _medians(values: Floats, deal: _Deal) -> tuple[float, float]:
+    """Of the known and of the recent rows; values [n + m]."""
+    return float(np.median(values[~deal.sides])), float(np.median(values[deal.sides]))
 
 
 def _units(known: Side, recent: Side, wanted: float) -> Ints | None:
@@ -280,10 +303,14 @@ def _dealt(units: Ints, recent: NDArray[np.bool_], permutations: int, chance: np
     return np.concatenate([truly[:, None], chance.permuted(dealt, axis=0)], axis=1)[unit]
 
 
-def _p(statistics: Floats) -> float:
-    """Share of the deals, the true one included, that are as far as the true one; float64 [1 + deals]."""
-    # Rounding must not decide whether an equal deal counts.
-    return float((statistics >= statistics[0] - 1e-9 * max(1, abs(statistics[0]))).mean())
+def _test(
+    family: Family, name: str, measure: str, statistics: Floats, moved: tuple[float, float] | None = None
+) -> Test:
+    """The test of a statistic for each deal, float64 [1 + permutations]: the larger, the further."""
+    true = float(statistics[0])
+    # The true deal counts as well. Rounding must not decide whether an equal one does.
+    p = float((statistics >= true - 1e-9 * max(1, abs(true))).mean())
+    return Test(family, name, measure, true, p, *(moved or ()))
 
 
 def _told_apart(
@@ -341,16 +368,6 @@ def _psi(named: Ints, dealt: Floats) -> Floats:
     p, q = recent / recent.sum(axis=0), known / known.sum(axis=0)
     index: Floats = ((p - q) * np.log(p / q)).sum(axis=0)
     return index
-
-
-def _fallen(right: Floats, dealt: Floats) -> Test:
-    """How far the share of right answers has fallen."""
-    theirs, size = right @ dealt, dealt.sum(axis=0)
-    after, before = theirs / size, (right.sum() - theirs) / (len(right) - size)
-    fall = before - after
-    return Test(
-        "labels", "right answers", "fall", float(fall[0]), _p(fall), float(before[0]), float(after[0])
-    )
 
 
 def _corrected(tests: Sequence[Test]) -> tuple[Test, ...]:
