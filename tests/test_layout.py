@@ -110,6 +110,14 @@ def test_a_link_or_a_file_gives_way_too(tmp_path: Path) -> None:
     assert names(elsewhere) == ["old"]
 
 
+@pytest.mark.parametrize("name", ["a file/data", "a file/of/data"])
+def test_a_folder_below_a_file_is_one_clear_error(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a file").write_text("old")
+    with pytest.raises(HeadstartError, match="the output lies below a file"), written_whole(tmp_path / name):
+        pass
+    assert names(tmp_path) == ["a file"]
+
+
 def test_what_may_not_be_read_is_not_called_what_could_not_be_written(tmp_path: Path) -> None:
     secret = tmp_path / "elsewhere/secret.csv"
     refusal = PermissionError(13, "Permission denied", str(secret))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Version:
 
 
 def test_the_file_says_what_it_is_and_how_to_decide(texts: Version, tmp_path: Path) -> None:
-    said = described(onnx.export(texts, tmp_path / "small.onnx"))
+    tags = dict.fromkeys(("classes", "costs", "abstain", "model", "version"), "somebody's tag")
+    tagged = replace(texts, tags=texts.tags | tags)
+    said = described(onnx.export(tagged, tmp_path / "small.onnx"))
     assert json.loads(said["classes"]) == texts.model.classes
     assert json.loads(said["costs"]) == [[0.0, 1.0], [1.0, 0.0]]
     assert json.loads(said["abstain"]) is None
@@ -149,6 +152,24 @@ def test_models_with_one_tokenizer_share_it(texts: Version, tmp_path: Path) -> N
     first = onnx.export(texts, tmp_path / "first.onnx", TEXTS)
     second = onnx.export(texts, tmp_path / "second.onnx", TEXTS)
     assert sorted(tmp_path.iterdir()) == [first, second, tmp_path / "tokenizer.json"]
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("a file/small.onnx", "the output lies below a file"),
+        ("a file/of/small.onnx", "the output lies below a file"),
+        ("folder.onnx", "the output is a folder"),
+    ],
+)
+def test_an_output_that_cannot_be_a_file_is_refused_before_anything_is_traced(
+    output: str, words: str, texts: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a file").write_text("words")
+    (tmp_path / "folder.onnx").mkdir()
+    monkeypatch.setattr(onnx, "_traced", None)
+    with pytest.raises(HeadstartError, match=words):
+        onnx.export(texts, tmp_path / output)
 
 
 def test_another_suffix_is_refused(texts: Version, tmp_path: Path) -> None:

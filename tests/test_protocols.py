@@ -111,6 +111,23 @@ def test_more_folds_than_groups_of_a_class_are_refused(tmp_path: Path) -> None:
     assert caught.value.do.startswith("use at most 4 folds")
 
 
+@pytest.mark.parametrize(
+    ("groups", "folds", "advice"),
+    [(3, 2, "use more folds, up to 3, or add groups of that class"), (2, 2, "add groups of that class")],
+)
+def test_folds_that_leave_no_group_of_a_class_to_learn_from_are_refused_before_anything_is_trained(
+    groups: int, folds: int, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = cached.manifest()
+    rare = table["group"].isin([f"group-{7 * number + 1}" for number in range(groups)])
+    layout = cached.write(tmp_path, table.assign(label=np.where(rare, "yes", "no")))
+    monkeypatch.setattr(protocols, "fit", Mock(side_effect=AssertionError("it has begun")))
+    with pytest.raises(HeadstartError, match=f"{folds} folds leave no groups of yes to learn from") as caught:
+        cross_validate(QUICK, layout, folds)
+    assert caught.value.table == [f"yes: {groups}"]
+    assert caught.value.do == advice
+
+
 def test_adaptation_is_not_cross_validated(tmp_path: Path) -> None:
     layout, _ = cached.shifted(tmp_path)
     with pytest.raises(HeadstartError, match="those of the target domain are put aside"):

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pandas as pd
 import pyarrow as pa
@@ -213,6 +214,33 @@ def test_lines_of_a_text_file_are_texts(texts: Version, tmp_path: Path) -> None:
     assert rows["label"].tolist() == texts.model(["a delight", "a bore, truly"]).labels
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+@pytest.mark.parametrize("given", ["notes.txt", "-"])
+def test_lines_are_decoded_as_tables_are(
+    given: str, encoding: str, texts: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["a café, \u201ctruly\u201d", "a delight"]
+    (tmp_path / "notes.txt").write_bytes("\r\n".join([*lines, ""]).encode(encoding))
+    with (tmp_path / "notes.txt").open() as pipe:
+        monkeypatch.setattr(sys, "stdin", Mock(fileno=lambda: os.dup(pipe.fileno())))
+        rows = predicted(texts, given)
+    assert rows["text"].tolist() == lines
+    assert rows["label"].tolist() == texts.model(lines).labels
+
+
+def test_a_link_that_leads_back_is_passed_over_and_other_links_are_followed(
+    images: Version, pictures: list[Path], tmp_path: Path
+) -> None:
+    for name in ("photos/of", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+        shutil.copy(pictures[0], tmp_path / name / "a.png")
+    for link, target in {"again": ".", "of/back": "..", "once": "../elsewhere", "twice": "of"}.items():
+        (tmp_path / "photos" / link).symlink_to(target)
+    (tmp_path / "elsewhere/back").symlink_to("../photos")
+    rows = predicted(images, "photos")
+    assert rows["path"].tolist() == [f"photos/{name}/a.png" for name in ("of", "once", "twice")]
+
+
 def test_folders_patterns_and_tables_of_images_give_the_same_answers(
     images: Version, pictures: list[Path], tmp_path: Path
 ) -> None:
@@ -247,6 +275,20 @@ def test_an_image_whose_name_is_not_utf_8_is_answered_too(
     assert rows["path"].tolist() == ["photos/caf\\udce9.png"]
     assert rows["label"].tolist() == images.model(pictures[:1]).labels
     assert rows["error"].isna().all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse to write such a name")
+def test_a_path_on_standard_input_may_be_one_that_is_not_utf_8(
+    images: Version, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(pictures[0], os.fsdecode(b"caf\xe9.png"))
+    (tmp_path / "list").write_bytes(b"caf\xe9.png\nth\xe9.png\n")
+    with (tmp_path / "list").open() as pipe:
+        monkeypatch.setattr(sys, "stdin", Mock(fileno=lambda: os.dup(pipe.fileno())))
+        rows = predicted(images, "-")
+    assert rows["path"].tolist() == ["caf\\udce9.png", "th\\udce9.png"]
+    assert rows["label"][0] == images.model(pictures[:1]).labels[0]
+    assert rows["error"].notna().tolist() == [False, True]
 
 
 def test_an_image_that_cannot_be_read_says_why_and_leaves_the_others_as_they_are(

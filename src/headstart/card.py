@@ -231,7 +231,10 @@ def _limits(
     if recipe.modality == "text":
         lines.append(f"It reads the first {recipe.features.max_tokens} tokens of a text.")
     if (least := Decision.of(model).abstain) is not None:
-        lines.append(f"It abstains, with an empty label, where no class reaches a probability of {least:g}.")
+        lines.append(
+            "It abstains, with an empty label, where the class that it would name has a probability below "
+            f"{least:g}."
+        )
     return ["## Limits", "\n".join(f"- {line}" for line in lines)]
 
 

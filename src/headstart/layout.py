@@ -120,6 +120,31 @@ def unwritable_named(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def parent_made(output: Path) -> None:
+    """Make the folder that ``output`` is to lie in, unless it is there.
+
+    Raises:
+        HeadstartError: what is there is a file.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise HeadstartError(
+            "the output lies below a file", where=str(output), do="name a place in a folder"
+        ) from None
+
+
+def room_for_file(output: Path) -> None:
+    """Make the folder that the file ``output`` is to lie in, unless it is there.
+
+    Raises:
+        HeadstartError: there is a file in place of the folder, or a folder in place of the file.
+    """
+    parent_made(output)
+    if output.is_dir():
+        raise HeadstartError("the output is a folder", where=str(output), do="name a file in a folder")
+
+
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
     """Yield a temporary sibling of ``folder`` that takes its place on success.
@@ -128,14 +153,15 @@ def written_whole(folder: Path) -> Iterator[Path]:
     or the new one, and never a part of one.
 
     Raises:
-        HeadstartError: the disk is full or not writable.
+        HeadstartError: the disk is full or not writable, or ``folder`` lies below a file.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old.partial")
     try:
         with unwritable_named(folder):
             _clear(folder, partial, old)
-            partial.mkdir(parents=True)
+            parent_made(folder)
+            partial.mkdir()
             yield partial
             if folder.exists():
                 folder.rename(old)  # deleting it takes time, in which a kill would leave half of it

@@ -20,7 +20,7 @@ import numpy as np
 
 from headstart import backbones
 from headstart.errors import HeadstartError
-from headstart.layout import Layout, unwritable_named
+from headstart.layout import Layout, room_for_file, unwritable_named
 from headstart.models import Version
 from headstart.recipe import Recipe
 
@@ -55,7 +55,8 @@ def export(version: Version, output: Path, examples: Sequence[Item] = ()) -> Pat
 
     Raises:
         HeadstartError: the network cannot be written as ONNX or does not say the same there; an example
-            cannot be read; another ``tokenizer.json`` lies there; or the disk is full or not writable.
+            cannot be read; another ``tokenizer.json`` lies there; the output is a folder or lies below a
+            file; or the disk is full or not writable.
     """
     from headstart.features import Tapped
 
@@ -74,7 +75,7 @@ def export(version: Version, output: Path, examples: Sequence[Item] = ()) -> Pat
                 where=str(beside),
                 do=f"name another folder, as in --output FOLDER/{output.name}, or delete what nobody needs",
             )
-        output.parent.mkdir(parents=True, exist_ok=True)
+        room_for_file(output)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
             written = Path(folder) / output.name
             with _in_words(spec.architecture):
@@ -147,6 +148,7 @@ def _described(version: Version) -> dict[str, str]:
     model, extractor = version.model, version.model.extractor
     spec = extractor.spec
     known: dict[str, Any] = {
+        **version.tags,  # before what is known: anybody may add a tag, of any name
         "classes": model.classes,
         "costs": model.decision.costs,
         "abstain": model.decision.abstain,
@@ -156,7 +158,6 @@ def _described(version: Version) -> dict[str, str]:
         "backbone": f"{spec.library}:{spec.architecture}",
         "backbone_source": spec.source,
         "backbone_licence": spec.licence,
-        **version.tags,
     }
     if spec.modality == "image":
         known |= {

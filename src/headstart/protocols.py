@@ -50,7 +50,8 @@ def cross_validate(
         then every metric of ``headstart.metrics``.
 
     Raises:
-        HeadstartError: fewer groups (or rows) of a class than folds, or whatever ``train`` raises.
+        HeadstartError: fewer groups (or rows) of a class than folds, or so few that none is left to learn
+            from, or whatever ``train`` raises.
     """
     if recipe.train.method == "domain_adaptation":
         raise HeadstartError(
@@ -61,12 +62,17 @@ def cross_validate(
     examples = load(recipe, layout)
     _enough(examples, folds, random_folds)
     everything = np.arange(len(examples.truth))
+    dealt = {
+        (seed, fold): (*_split(examples, training, INNER_FOLDS, seed, random_folds)[0], held_out)
+        for seed in range(seeds)
+        for fold, (training, held_out) in enumerate(_split(examples, everything, folds, seed, random_folds))
+    }
+    for fitted, _, _ in dealt.values():  # of all folds, before hours go into the first
+        _learnable(examples, fitted, folds, random_folds)
     lines = []
-    rounds = [(seed, fold) for seed in range(seeds) for fold in range(folds)]
-    for seed, fold in bar(rounds, desc="cross-validating", unit=" folds"):
-        training, held_out = _split(examples, everything, folds, seed, random_folds)[fold]
-        inner = _split(examples, training, INNER_FOLDS, seed, random_folds)
-        fitted, choosing = inner[0]
+    for (seed, fold), (fitted, choosing, held_out) in bar(
+        dealt.items(), desc="cross-validating", unit=" folds"
+    ):
         model = fit(recipe.training(seed=recipe.train.seed + seed), layout, examples, fitted, choosing)
         if model is None:
             continue  # one of several processes; the first of them reports
@@ -220,15 +226,35 @@ def format_table(rows: pd.DataFrame, confidence: float = 0.95) -> str:
     return "\n".join([title, "", each, "", means, "", *notes])
 
 
+def _held(examples: Examples, random_folds: bool) -> pd.Series:
+    """Number of groups (or rows) that each class has, by its name."""
+    return examples.manifest.groupby("label")["id" if random_folds else "group"].nunique()
+
+
 def _enough(examples: Examples, folds: int, random_folds: bool) -> None:
-    unit = "id" if random_folds else "group"
-    held = examples.manifest.groupby("label")[unit].nunique()
+    held = _held(examples, random_folds)
     most = int(held.min())
     if short := [f"{label}: {count}" for label, count in held.items() if count < folds]:
         raise HeadstartError(
             f"too few {'rows' if random_folds else 'groups'} for {folds} folds",
             table=short,
-            do=f"use at most {most} folds, or add data" if most > 1 else "add data",
+            # Of two, one is held out and the other may have to choose: none is left to learn from.
+            do=f"use at most {most} folds, or add data" if most > 2 else "add data",
+        )
+
+
+def _learnable(examples: Examples, fitted: Rows, folds: int, random_folds: bool) -> None:
+    """Raise HeadstartError if all training rows of a class have been dealt to the part that chooses."""
+    lacking = np.setdiff1d(examples.truth, examples.truth[fitted])
+    names = [examples.classes[place] for place in lacking if place >= 0]
+    if names:
+        held, unit = _held(examples, random_folds), "rows" if random_folds else "groups"
+        more = f"use more folds, up to {held.min()}, or add" if folds < held.min() else "add"
+        raise HeadstartError(
+            f"{folds} folds leave no {unit} of {', '.join(names)} to learn from",
+            where="beside those that are held out and those that choose the penalty",
+            table=[f"{name}: {held[name]}" for name in names],
+            do=f"{more} {unit} of that class",
         )
 
 

@@ -12,6 +12,7 @@ import codecs
 import csv
 import fcntl
 import glob
+import io
 import json
 import math
 import os
@@ -31,7 +32,7 @@ import numpy as np
 from headstart import mojibake
 from headstart.adapters import IMAGE_SUFFIXES, TABLE_SUFFIXES, a_row_a_line, separator, unquoted
 from headstart.errors import HeadstartError
-from headstart.layout import unwritable_named
+from headstart.layout import room_for_file, unwritable_named
 from headstart.models import NO_LABEL, Model, Version, arithmetic_here
 from headstart.progress import bar
 
@@ -310,7 +311,7 @@ def opened(inputs: Iterable[str], name: str, modality: str, column: str | None =
 
 def _opened(file: str, modality: str, column: str | None) -> Source:
     if file == STDIN or file.lower().endswith(".txt"):
-        return _lines(file, COLUMNS[modality][-1])
+        return _lines(file, modality)
     return _table(Path(file), modality, column)
 
 
@@ -348,14 +349,23 @@ def _matching(given: str, name: str, modality: str) -> Iterator[str]:
         )
 
 
-def _inside(folder: Path, suffixes: Sequence[str]) -> Iterator[str]:
-    """Files of these kinds in a folder and the folders in it, hidden ones aside, in order."""
+def _inside(
+    folder: Path, suffixes: Sequence[str], above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[str]:
+    """Files of these kinds in a folder and the folders in it, hidden ones aside, in order.
+
+    Links are followed, but not to a folder ``above``, which would never end.
+    """
     with _named(str(folder), "the folder"):
+        found = folder.stat()
+        here = (found.st_dev, found.st_ino)
+        if here in above:
+            return
         for path in sorted(folder.iterdir()):
             if path.name.startswith("."):
                 continue
             if path.is_dir():
-                yield from _inside(path, suffixes)
+                yield from _inside(path, suffixes, above | {here})
             elif path.suffix.lower() in suffixes:
                 yield str(path)
 
@@ -365,19 +375,20 @@ def _loose(files: list[str]) -> Source:
     return _listing("path", files, f"{len(files):,} images", len(files))
 
 
-def _lines(file: str, column: str) -> Source:
+def _lines(file: str, modality: str) -> Source:
     """A row for each line of a file or of standard input: a text, or the path of an image."""
     where = "standard input" if file == STDIN else file
+    # A file is found by the bytes of its name alone, so those of a path stay what they are.
+    read: Callable[[str], str] = mojibake.windows if modality == "text" else str
 
     def lines() -> Iterator[str]:
-        file_or_pipe = sys.stdin.fileno() if file == STDIN else file
         with (
             _named(where, "the lines"),
-            open(file_or_pipe, encoding="utf-8-sig", errors="replace") as text,  # noqa: PTH123
+            _text(sys.stdin.fileno() if file == STDIN else file, newline=None) as text,
         ):
-            yield from (line.rstrip("\n") for line in text)
+            yield from (read(line.rstrip("\n")) for line in text)
 
-    return _listing(column, _Again(lines), where)
+    return _listing(COLUMNS[modality][-1], _Again(lines), where)
 
 
 @dataclass(frozen=True)
@@ -473,11 +484,12 @@ def _named(where: str, what: str = "the table") -> Iterator[None]:
 Opened = tuple["pa.Schema", Callable[[int], Iterator[Chunk]], "int | None"]
 
 
-def _text(path: Path) -> TextIO:
-    """A table's text, decoded as the adapter ``table`` does it: stray bytes become lone surrogates."""
-    with path.open("rb") as file:
-        marked = file.read(2) in {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE}
-    return path.open(encoding="utf-16" if marked else "utf-8-sig", errors="surrogateescape", newline="")
+def _text(file_or_pipe: Path | str | int, newline: str | None = "") -> TextIO:
+    """A text, decoded as the adapter ``table`` does it: stray bytes become lone surrogates."""
+    file = open(file_or_pipe, mode="rb")  # noqa: PTH123, SIM115  # closed with the text
+    marked = file.peek(2)[:2] in {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE}  # a pipe has no way back
+    encoding = "utf-16" if marked else "utf-8-sig"
+    return io.TextIOWrapper(file, encoding, errors="surrogateescape", newline=newline)
 
 
 def _separated(path: Path, wanted: Sequence[str]) -> Opened:
@@ -707,14 +719,7 @@ def _partial(output: Path) -> Iterator[Path]:
     Raises:
         HeadstartError: there can be no such file, or another run is writing it.
     """
-    with suppress(FileExistsError, NotADirectoryError):
-        output.parent.mkdir(parents=True, exist_ok=True)
-    if output.is_dir() or not output.parent.is_dir():
-        raise HeadstartError(
-            "the output is a folder" if output.is_dir() else "the output lies below a file",
-            where=str(output),
-            do="name a file in a folder",
-        )
+    room_for_file(output)
     partial = output.with_name(f".{output.name}.partial")
     with _locked(partial, output):
         try:
