@@ -3,8 +3,8 @@
 Run it with `make bench-drift`, after `make demo`. Known rows and batches are drawn anew each time, without a
 row in common, from one domain: cells of one crystal, or film reviews. A batch that has drifted is of another:
 cells of many crystals, or tweets. Features are the frozen ones that the recipes' heads read. Batches of whole
-modules show what it means that cells of one module resemble each other. With the names of recipes, these alone
-are measured.
+modules show what it means that cells of one module resemble each other. With names of recipes, only these are
+measured.
 """
 
 from __future__ import annotations
