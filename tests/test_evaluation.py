@@ -172,7 +172,7 @@ def test_evaluating_imports_no_torch(tmp_path: Path) -> None:
 def test_without_predictions_the_error_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(HeadstartError, match="nothing to evaluate") as caught:
         evaluate(cached.recipe(), Layout(tmp_path, "case"))
-    assert caught.value.do == "run `dvc repro train@case`"
+    assert caught.value.do.endswith("`dvc repro train@case`")
 
 
 @pytest.mark.parametrize(

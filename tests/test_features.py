@@ -1053,7 +1053,7 @@ def test_without_a_compiler_the_network_runs_as_it_is(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [None, ["blocks.2", "conv_head"]])
+@pytest.mark.parametrize("layers", [pytest.param(None, marks=pytest.mark.long), ["blocks.2", "conv_head"]])
 def test_a_compiled_image_network_gives_the_same_vectors_and_compiles_once(
     layers: list[str] | None, tmp_path: Path
 ) -> None:

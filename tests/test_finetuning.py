@@ -589,6 +589,7 @@ def test_teaching_that_is_killed_ends_with_the_same_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_rows(efficientnet: Path, tmp_path: Path) -> None:
     """64 times 64 pixels in colour: at 16 times the rows there are 94 MB more of them on the disk."""
     script = """

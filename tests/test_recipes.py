@@ -62,6 +62,7 @@ def test_hymenoptera_runs_from_a_zip_and_a_resnet_behind_a_mirror(project: Proje
     assert json.loads((project.root / "weights/hymenoptera/spec.json").read_text())["dim"] == 512
 
 
+@pytest.mark.long
 def test_bert_runs_as_it_ships_from_a_mirror_of_the_hub(project: Project, tmp_path: Path) -> None:
     examples.write_bert(tmp_path / "bert")
     examples.write_texts(project.root / "inbox/texts.csv")

@@ -177,6 +177,7 @@ def test_a_domain_without_labels_is_adapted_to_registered_and_served(
     assert not any("taught" in stem for stem in clocks)
 
 
+@pytest.mark.long
 def test_a_registered_model_goes_on_where_none_of_its_rows_are(finished: Project) -> None:
     root = finished.root
     manifest = pd.read_parquet(root / "manifest/moods/manifest.parquet")

@@ -639,7 +639,10 @@ def test_a_kill_half_way_leaves_the_earlier_output(suffix: str, texts_folder: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", READERS)
+@pytest.mark.parametrize(
+    "suffix",
+    [pytest.param(suffix, marks=() if suffix == ".csv" else pytest.mark.long) for suffix in READERS],
+)
 def test_ten_times_the_rows_take_no_more_memory(suffix: str, texts_folder: Path, tmp_path: Path) -> None:
     peaks = []
     for rows in (4_000, 40_000):

@@ -161,8 +161,8 @@ def crown(
             return decided[-1] if decided else None
         if not forced and (before != against or rolled_back(decided)):
             return None
-        if before == version:
-            before = now.aliases.get(PREVIOUS) if reigns else None
+        if before == version and not reigns:
+            before = None
         action: Action = "forced" if forced else "promoted"
         entry = now.entry(action, reasons, version=version, champion=before, judged=judged)
         change: dict[str, str | None] = {} if reigns else {CHAMPION: version, PREVIOUS: before}
@@ -237,7 +237,8 @@ def _standing(decided: list[Entry]) -> list[Entry]:
     found: list[Entry] = []
     for entry in decided:
         if entry.action in {"promoted", "forced"}:
-            found.append(entry)
+            if entry.champion != entry.version:  # or a person has spoken for the champion there was
+                found.append(entry)
         elif entry.action == "rolled back":
             del found[-1:]
     return found
