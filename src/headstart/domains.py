@@ -37,11 +37,10 @@ def check(examples: Examples, train: Rows, val: Rows) -> None:
     Those of val tell how each class is named, without which no shift between domains can be told.
     """
     for use, rows in (("training", train), ("validation", val)):
-        absent = sorted(set(range(len(examples.classes))) - set(examples.truth[rows].tolist()))
-        if absent:
+        if absent := examples.absent(rows):
             where = examples.manifest["domain"].iloc[np.concatenate([train, val])].unique()
             raise HeadstartError(
-                f"no {use} rows of {', '.join(examples.classes[c] for c in absent)}",
+                f"no {use} rows of {', '.join(absent)}",
                 where=f"domain {', '.join(sorted(where))}",
                 do="add rows of that class there, in groups of their own, or leave out class or domain",
             )

@@ -61,6 +61,11 @@ class Examples:
         """Positions of the target domain's rows in these splits."""
         return np.flatnonzero(self.manifest["split"].isin(splits) & (self.truth < 0))
 
+    def absent(self, rows: Rows) -> list[str]:
+        """The classes that none of these rows has."""
+        there = set(self.truth[rows].tolist())
+        return [name for place, name in enumerate(self.classes) if place not in there]
+
 
 def load(recipe: Recipe, layout: Layout) -> Examples:
     """The manifest and the features of one recipe, checked against each other.
@@ -115,10 +120,9 @@ def labels(examples: Examples, choices: Train, train: Rows) -> tuple[Floats, Flo
 
 def check(examples: Examples, train: Rows, val: Rows) -> None:
     """Raise HeadstartError unless there is something to learn from and to choose by."""
-    absent = sorted(set(range(len(examples.classes))) - set(examples.truth[train].tolist()))
-    if absent:
+    if absent := examples.absent(train):
         raise HeadstartError(
-            f"no training rows of {', '.join(examples.classes[c] for c in absent)}",
+            f"no training rows of {', '.join(absent)}",
             do="add rows of that class, or name the classes wanted in the recipe: `validate: classes:`",
         )
     if not len(val):
