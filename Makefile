@@ -21,39 +21,39 @@ $(READY): requirements.lock pyproject.toml
 setup: $(READY) ## install the locked environment into .venv
 
 demo: $(READY) ## run both example recipes, from raw data to registered models
-	headstart run recipes/solar-cells.yaml recipes/sentiment.yaml
+	$(BIN)/headstart run recipes/solar-cells.yaml recipes/sentiment.yaml
 	@cat evidence/solar-cells/summary.md evidence/sentiment/summary.md
 
 demo-loop: $(READY) ## another kind of cell, and of text, arrives without labels (after make demo)
-	python benchmarks/closed_loop.py
+	$(BIN)/python benchmarks/closed_loop.py
 
 test: $(READY) ## run all tests but those of test-long: fast ones first, then slow ones
-	pytest -m "not slow and not long" -n 2
-	pytest -m "slow and not long" -n 2 --dist loadfile --durations 20
+	$(BIN)/pytest -m "not slow and not long" -n 2
+	$(BIN)/pytest -m "slow and not long" -n 2 --dist loadfile --durations 20
 
 test-fast: $(READY) ## run the fast tests only
-	pytest -m "not slow and not long" -n 2
+	$(BIN)/pytest -m "not slow and not long" -n 2
 
 test-long: $(READY) ## the tests that take too long for every change: killed stacks, production stores, every write
-	HEADSTART_EVERY=1 pytest -m long
+	HEADSTART_EVERY=1 $(BIN)/pytest -m long
 
 lint: $(READY) ## check style and types
-	ruff check .
-	ruff format --check .
-	mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(READY) ## apply the style
-	ruff format .
-	ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 bench-features: $(READY) ## measure feature extraction against the plain way (after make demo)
-	python benchmarks/features.py
+	$(BIN)/python benchmarks/features.py
 
 bench-finetune: $(READY) ## measure fine-tuning against plain loops, timm and Trainer (after make demo)
-	python benchmarks/finetune.py
+	$(BIN)/python benchmarks/finetune.py
 
 bench-few-labels: $(READY) ## measure quality over the number of labels (after running the -tuned recipes)
-	python benchmarks/few_labels.py
+	$(BIN)/python benchmarks/few_labels.py
 
 .venv-peers/.ready: benchmarks/peers.txt
 	$(PYTHON) -m venv .venv-peers
@@ -61,31 +61,31 @@ bench-few-labels: $(READY) ## measure quality over the number of labels (after r
 	touch $@
 
 bench-adaptation: $(READY) .venv-peers/.ready ## measure every way to adapt, ours and others' (after running the -tuned recipes)
-	python benchmarks/adaptation.py
+	$(BIN)/python benchmarks/adaptation.py
 
 bench-source-free: $(READY) ## measure going on without the source's rows (after running the -tuned recipes)
-	python benchmarks/source_free.py
+	$(BIN)/python benchmarks/source_free.py
 
 bench-predict: $(READY) ## measure predicting many rows against asking row by row (after make demo)
-	python benchmarks/predict.py
+	$(BIN)/python benchmarks/predict.py
 
 bench-gate: $(READY) ## try a worse, an equal and a better candidate (after running sentiment-tuned)
-	python benchmarks/gate.py
+	$(BIN)/python benchmarks/gate.py
 
 bench-sentiment: $(READY) ## compare sentiment with rules (after both sentiment recipes have run)
-	python benchmarks/sentiment.py
+	$(BIN)/python benchmarks/sentiment.py
 
 bench-serve: $(READY) ## measure serving against mlflow models serve (after make demo)
-	python benchmarks/serve.py
+	$(BIN)/python benchmarks/serve.py
 
 bench-drift: $(READY) ## measure how often the monitor alarms, with and without drift (after make demo)
-	python benchmarks/drift.py
+	$(BIN)/python benchmarks/drift.py
 
 bench-overhead: $(READY) ## measure what Prefect adds to a run, a skipped run, and an idle stack's memory
-	python benchmarks/overhead.py
+	$(BIN)/python benchmarks/overhead.py
 
 reference: $(READY) ## write the JSON schema and the generated reference pages anew
-	python docs/reference/generate.py
+	$(BIN)/python docs/reference/generate.py
 
 lock: $(READY) ## resolve requirements.lock anew
 	uv pip compile pyproject.toml --extra dev --universal --generate-hashes \
