@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -86,6 +89,47 @@ def test_as_many_processes_train_as_are_wished_for(
 ) -> None:
     monkeypatch.setenv(devices.PROCESSES, wish)
     assert devices.processes() == expected
+
+
+def test_several_processes_do_not_each_train_the_same_model_on_a_device_they_cannot_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(devices, "device", lambda: torch.device("mps"))
+    monkeypatch.setenv(devices.PROCESSES, "1")
+    assert devices.processes() == 1
+    monkeypatch.setenv(devices.PROCESSES, "2")
+    with pytest.raises(HeadstartError, match="cannot share mps") as caught:
+        devices.processes()
+    assert devices.DEVICE in str(caught.value.do)
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [("400000 100000", 4), ("150000 100000", 2), ("10000 100000", 1), ("max 100000", 64), (None, 64)],
+)
+def test_a_container_has_the_cores_of_its_quota_and_not_those_of_its_host(
+    quota: str | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if quota:
+        devices.QUOTA.write_text(f"{quota}\n")
+    assert devices.cores() == expected
+    devices.keep_to_quota()
+    assert os.environ.get("OMP_NUM_THREADS") == (None if expected == 64 else str(expected))
+    os.environ["OMP_NUM_THREADS"] = "3"
+    devices.keep_to_quota()
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_a_process_that_is_bound_to_some_cores_counts_those(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
+    assert devices.cores() == 2
 
 
 @pytest.mark.parametrize(("on", "gpus", "expected"), [("cpu", 4, 1), ("cuda", 4, 4), ("cuda:1", 4, 1)])

@@ -100,7 +100,21 @@ def test_a_learning_rate_is_suggested_and_plotted(trained: Project, tmp_path: Pa
 
 
 def test_who_is_launched_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in (launching.LAUNCHED, "WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
     assert not launching.launched()
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launching.first()
+    monkeypatch.setenv(launching.LAUNCHED, "1")
+    monkeypatch.setenv("RANK", "1")
     assert launching.launched()
+    assert not launching.first()
+
+
+def test_the_ranks_that_a_platform_gives_its_own_processes_are_not_taken_for_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(launching.LAUNCHED, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert not launching.launched()
+    assert launching.first()

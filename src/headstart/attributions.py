@@ -152,7 +152,7 @@ class Explainer:
             n_steps=STEPS,
             internal_batch_size=max(1, TOKENS_PER_BATCH // ids.shape[1]),
         )
-        return np.asarray(scores.detach().sum(dim=-1)[0].double().cpu())
+        return np.asarray(scores.detach().sum(dim=-1)[0].cpu().double())
 
     def places(self, pixels: Tensor, target: int) -> Floats:
         """What each place adds to the contrast of a class, float64 [side, side].
@@ -173,16 +173,16 @@ class Explainer:
             gradients = IntegratedGradients(self.contrasts).attribute(
                 pixels.float(), grey, target, n_steps=STEPS, internal_batch_size=IMAGES_PER_BATCH
             )
-            return np.asarray(gradients.sum(dim=-1)[0].double().cpu())
-        shares = torch.zeros(side, side, dtype=torch.float64, device=pixels.device)
+            return np.asarray(gradients.sum(dim=-1)[0].cpu().double())
+        shares = torch.zeros(side, side, dtype=torch.float64)  # on the CPU: Apple's GPUs have no float64
         start = 0
         for each in maps:
             channels = slice(start, start := start + each.shape[1])
             share = torch.einsum(
                 "chw,c->hw", each[0] - self.mean[channels, None, None], self.weight[target, channels]
             )
-            shares += interpolate(share[None, None].double(), (side, side), mode="bilinear")[0, 0]
-        return np.asarray(shares.cpu()) / side**2
+            shares += interpolate(share.cpu().double()[None, None], (side, side), mode="bilinear")[0, 0]
+        return np.asarray(shares) / side**2
 
     def _maps(self, pixels: Tensor) -> list[Tensor] | None:
         """The maps float32 [1, channels, h, w] whose means are the vector of an image, if there are such."""

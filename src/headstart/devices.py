@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headstart.errors import HeadstartError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 DEVICE = "HEADSTART_DEVICE"
 PROCESSES = "HEADSTART_PROCESSES"
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of computing, in a period of so many
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -50,7 +52,7 @@ def processes() -> int:
     """Processes that train together: ``HEADSTART_PROCESSES`` if it is set, else one for each GPU.
 
     Raises:
-        HeadstartError: the number wanted is none.
+        HeadstartError: the number wanted is none, or more than can share the device.
     """
     import torch
 
@@ -61,7 +63,30 @@ def processes() -> int:
         raise HeadstartError(
             f"{wanted!r} is no number of processes", where=PROCESSES, do="set it to 1 or more"
         )
+    if int(wanted) > 1 and device().type == "mps":  # each would train, and publish, all by itself
+        raise HeadstartError(
+            "several processes cannot share mps", where=PROCESSES, do=f"set it to 1, or {DEVICE} to cpu"
+        )
     return int(wanted)
+
+
+def cores() -> int:
+    """Cores that this process may use: those that it is bound to, and no more than its container's quota."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = QUOTA.read_text(encoding="ascii").split()
+        return min(bound, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no container, or no quota: "max 100000"
+        return bound
+
+
+def keep_to_quota() -> None:
+    """Let libraries that are loaded later, torch among them, and processes started from here use ``cores()``.
+
+    Of their own accord they count the cores of the host, and a container of 4 among 64 would run 64 threads.
+    """
+    if cores() < (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
 
 
 def keep_memory() -> None:

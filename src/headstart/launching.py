@@ -17,17 +17,18 @@ from headstart import devices
 from headstart.errors import HeadstartError
 from headstart.stages import ERROR_FILE
 
+LAUNCHED = "HEADSTART_LAUNCHED"  # not WORLD_SIZE, which platforms set for processes of their own
 LAST = 20  # lines of a process's own words that an error quotes
 
 
 def launched() -> bool:
     """Whether this process is one of several that were started to train together."""
-    return "WORLD_SIZE" in os.environ
+    return LAUNCHED in os.environ
 
 
 def first() -> bool:
     """Whether this process is the one that publishes: the first of several, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    return not launched() or os.environ["RANK"] == "0"
 
 
 def train(recipe: Path, processes: int) -> None:
@@ -52,13 +53,14 @@ def train(recipe: Path, processes: int) -> None:
             nproc_per_node=processes,
             run_id="headstart",
             rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",  # not by this machine's name, which may lead nowhere
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=others),
         )
         # The cores are shared out: each process of its own accord would take them all.
-        threads = str(max(1, (os.cpu_count() or 1) // processes))
-        environment = {"OMP_NUM_THREADS": threads} | os.environ | {ERROR_FILE: str(told)}
+        threads = str(max(1, devices.cores() // processes))
+        environment = {"OMP_NUM_THREADS": threads} | os.environ | {ERROR_FILE: str(told), LAUNCHED: "1"}
         command = ["-m", "headstart.cli", "stage", "train", str(recipe)]
         before = dict(os.environ)
         os.environ.update(environment)
