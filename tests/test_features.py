@@ -317,6 +317,67 @@ def test_several_threads_may_ask_one_extractor(tmp_path: Path) -> None:
     assert all((a == b).all() for a, b in zip(alone, together, strict=True))
 
 
+def short_of_memory(extract: Extractor, fits: int) -> list[int]:
+    """Let the network have memory for so many rows, in the words of Apple's GPUs; sizes that it was given."""
+    given: list[int] = []
+
+    def limit(module: Any, tensors: tuple[torch.Tensor, ...]) -> None:
+        given.append(len(tensors[0]))
+        if len(tensors[0]) > fits:
+            raise RuntimeError("MPS backend out of memory (MPS allocated: 7 GiB, other allocations: 2 GiB)")
+
+    extract.network.register_forward_pre_hook(limit)
+    return given
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_computed_in_parts_from_then_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    layout = image_case(tmp_path)
+    options = image_recipe(tmp_path).features
+    expected = extractor(layout, options)(pictures(layout)[:16])
+    extract = extractor(layout, options)
+    given = short_of_memory(extract, fits=3)
+    with caplog.at_level(logging.WARNING):
+        found = extract(pictures(layout)[:16])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert given == [8, 4, *[2] * 8]
+    assert "out of memory on cpu: going on with 2 rows at a time" in caplog.text
+
+
+def test_a_row_that_does_not_fit_into_memory_says_what_makes_it_smaller(tmp_path: Path) -> None:
+    layout = image_case(tmp_path)
+    extract = extractor(layout, image_recipe(tmp_path).features)
+    short_of_memory(extract, fits=0)
+    with pytest.raises(HeadstartError, match="a row does not fit into memory") as caught:
+        extract(pictures(layout)[:8])
+    assert "features.image_size" in str(caught.value.do)
+
+
+def test_a_gpu_is_read_ahead_for_by_bytes_whatever_the_number_of_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[int] = []
+
+    class Large:
+        smallest = 1
+
+        def __init__(self) -> None:
+            self.batches = [np.array([i]) for i in range(40)]
+
+        def read(self, rows: Any) -> tuple[Any, ...]:
+            started.append(int(rows[0]))
+            return (np.zeros(1000, np.uint8),)
+
+    monkeypatch.setattr(devices, "cores", lambda: 64)
+    monkeypatch.setattr(features, "READ_AHEAD", 4000)
+    large = Large()
+    for place, (rows, _) in enumerate(features._read(large, large.batches, overlap=True)):
+        assert rows[0] == place
+        assert len(started) <= place + 1 + 4 + 1
+    assert len(started) == 40
+
+
 def test_extracting_leaves_the_callers_gradients_on(tmp_path: Path) -> None:
     layout = image_case(tmp_path)
     extract = extractor(layout, image_recipe(tmp_path).features)

@@ -102,6 +102,23 @@ def keep_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device had no memory left: CUDA has an error of its own, Apple's GPUs have words for it."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def empty_cache(on: torch.device) -> None:
+    """Give back what PyTorch keeps of a GPU's memory, which may be there in pieces of the wrong size."""
+    import torch
+
+    if on.type == "cuda":
+        torch.cuda.empty_cache()
+    elif on.type == "mps":
+        torch.mps.empty_cache()
+
+
 def name_of(dtype: torch.dtype) -> str:
     """``bfloat16`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,6 +51,7 @@ ON_A_GPU = {"images": 256, "tokens": 65_536}
 # shows; the rule looks at rows and not at a clock, so that the same data give the same bytes.
 COMPILE_FROM = {"image": 4_000, "text": 50_000}
 FEWEST_TOKENS = 64  # of a batch; of 10 alone MiniLM's products in float32 add up in another order
+READ_AHEAD = 1 << 31  # bytes; a GPU's batches are large, and its host may have a hundred cores to fill them
 SAMPLE = 128  # rows that decide on the arithmetic: half of them to calibrate it, half to judge it
 ROWS_PER_SHARD = 2_000  # some 10 s of work: the most that a kill costs
 log = logging.getLogger(__name__)
@@ -252,6 +254,7 @@ class Extractor:
         tapped = Tapped(network, self.spec, options.layers, options.views).eval()
         self.network = precision.converted(tapped, arithmetic).to(self.device)
         self.compiled = None
+        self.most = sys.maxsize  # rows that fit into the device's memory together, as far as is known
         self.dim = self._tried()
         if compiled:
             if self.spec.modality == "text" and self.device.type == "cpu":
@@ -333,13 +336,38 @@ class Extractor:
         return tuple(torch.from_numpy(array).to(self.device) for array in arrays)
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """float32 [n, dim] of one batch that is on the device."""
+        """float32 [n, dim] of one batch that is on the device; in parts once one did not fit into its memory.
+
+        Raises:
+            HeadstartError: a single row does not fit.
+        """
+        while True:
+            rows = min(self.most, len(tensors[0]))
+            try:
+                parts = zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
+                return torch.cat([self._part(*part) for part in parts])
+            except RuntimeError as error:
+                if not devices.out_of_memory(error):
+                    raise
+                if rows < 2:
+                    raise HeadstartError(
+                        "a row does not fit into memory",
+                        where=str(self.device),
+                        do="lower features.image_size or features.max_tokens, or set HEADSTART_DEVICE=cpu",
+                    ) from None
+            self.most = rows // 2
+            log.warning("out of memory on %s: going on with %d rows at a time", self.device, self.most)
+            devices.empty_cache(self.device)
+
+    def _part(self, *tensors: Tensor) -> Tensor:
         with self.lock, torch.inference_mode():
             if self.compiled is not None:
                 try:
                     compiled: Tensor = self.compiled(*tensors)
                     return compiled
                 except Exception as error:
+                    if devices.out_of_memory(error):
+                        raise
                     log.warning("torch.compile does not work here, running without it: %s", _line(error))
                     self.compiled = None
             plain: Tensor = self.network(*tensors)
@@ -613,20 +641,23 @@ def _read(
 
     With ``overlap`` the next few batches are read while the caller works on one; without, never meanwhile.
     """
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ahead = 4 * threads
+    threads = devices.cores()
+    most = 4 * threads
     with ThreadPoolExecutor(threads) as pool:
         if not overlap:
-            for start in range(0, len(batches), ahead):
-                together = batches[start : start + ahead]
+            for start in range(0, len(batches), most):
+                together = batches[start : start + most]
                 yield from zip(together, list(pool.map(reader.read, together)), strict=True)
             return
         waiting: deque[tuple[Rows, Future[tuple[NDArray[Any], ...]]]] = deque()
+        ahead = 1  # until the first batch has shown how large they are
         for rows in batches:
             waiting.append((rows, pool.submit(reader.read, rows)))
             if len(waiting) > ahead:
                 first, future = waiting.popleft()
-                yield first, future.result()
+                arrays = future.result()
+                ahead = min(most, max(2, READ_AHEAD // sum(array.nbytes for array in arrays)))
+                yield first, arrays
         for first, future in waiting:
             yield first, future.result()
 
