@@ -83,3 +83,17 @@ def test_a_job_template_uses_the_variables_that_it_has_and_their_defaults_fit(na
     given = defaults | {key: "given" for key in schema.get("required", ()) if key not in defaults}
     jsonschema.validate(given, schema)
     assert all(f"`{variable}`" in PAGE for variable in defaults["env"])
+
+
+@pytest.mark.parametrize("wanted", [{}, {"gpus": "2"}])
+def test_a_job_gets_the_gpus_that_are_asked_for_and_none_otherwise(wanted: dict[str, str]) -> None:
+    from prefect.utilities.templating import apply_values
+
+    template = TEMPLATES["kubernetes"]["job_configuration"]["job_manifest"]
+    made = apply_values(template, {"memory_limit": "8Gi"} | wanted)["spec"]["template"]["spec"]
+    (container,) = made["containers"]
+    limits = {"memory": "8Gi"} | ({"nvidia.com/gpu": wanted["gpus"]} if wanted else {})
+    assert container["resources"]["limits"] == limits
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        each["name"] for each in made["volumes"]
+    }
