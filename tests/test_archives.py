@@ -203,7 +203,27 @@ def test_the_number_of_files_is_bounded(
 ) -> None:
     monkeypatch.setattr(archives, "MAX_FILES", 10)
     text = refused(packed(tmp_path / "x.tar", {f"{i}": b"" for i in range(20)}), None, folder)
-    assert "more than 10 files" in text
+    assert "more than 10 files and folders" in text
+    folders = [special(f"{i}", tarfile.DIRTYPE) for i in range(20)]
+    assert "more than 10 files and folders" in refused(tar_of(tmp_path / "y.tar", *folders), None, folder)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_name_without_end_is_never_read(kind: bytes, first: bool, tmp_path: Path, folder: Path) -> None:
+    endless = special("name", kind)
+    endless.size = archives.MAX_HEADER + 1
+    path = tar_of(tmp_path / "x.tar", *([] if first else [special("a", tarfile.REGTYPE)]), endless)
+    assert "a header of 262,145 bytes" in refused(path, None, folder)
+
+
+def test_a_file_may_lie_in_many_folders_but_not_in_any_number(tmp_path: Path, folder: Path) -> None:
+    name = "d/" * archives.MAX_FOLDERS + "x"
+    for suffix in (".zip", ".tar"):
+        text = refused(packed(tmp_path / f"x{suffix}", {f"d/{name}": b"1"}), None, folder)
+        assert "a path of more than 100 folders" in text
+    archives.place(packed(tmp_path / "y.tar", {name: b"1"}), None, folder)
+    assert held(folder) == {name: b"1"}
 
 
 def test_a_missing_member_names_the_nearest_ones(tmp_path: Path, folder: Path) -> None:

@@ -35,6 +35,8 @@ MAX_BYTES = 20 << 30
 MAX_FILES = 1_000_000
 # Honest data seldom shrink to a hundredth, which deflate's 1:1032 and xz's far more leave behind.
 MAX_RATIO, RATIO_FROM = 200, 64 << 20
+MAX_HEADER = 1 << 18  # bytes of a name, or of what else a tar tells of a member
+MAX_FOLDERS = 100  # that a file lies in: Python goes down into each by a call of its own
 NESTED = ".nested"  # inside the folder, so that a kill leaves nothing beside it
 PIECE = 1 << 20
 DAMAGED = (
@@ -85,25 +87,27 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(ZIPS + TARS)
 
 
-def place(path: Path, member: str | None, folder: Path) -> None:
+def place(path: Path, member: str | None, folder: Path, *, links: bool = True) -> None:
     """Put what ``path`` holds, or only ``member`` of it, into the existing empty ``folder``.
 
     A folder's content lands directly in ``folder``, an archive is unpacked into it, and any other file
-    lands there under its own name. ``member`` may lead through archives: ``inner.tar.gz/data``.
+    lands there under its own name. ``member`` may lead through archives: ``inner.tar.gz/data``. Links on the
+    disk are followed, unless ``links`` is false: where others put them, they may lead anywhere.
 
     Raises:
         HeadstartError: no such member, a member that is unsafe to write, a damaged archive, or one
             that is far larger than it should be.
     """
-    extract(path, member, folder)
+    extract(path, member, folder, links=links)
 
 
-def extract(path: Path, member: str | None, folder: Path) -> Path:
+def extract(path: Path, member: str | None, folder: Path, *, links: bool = True) -> Path:
     """Like ``place``; returns the one plain file that was placed, or else ``folder`` itself."""
     wanted = (member or "").replace("\\", "/").removeprefix("./").strip("/")
     try:
         with bar(desc=f"unpacking {path.name}", unit="B", unit_scale=True) as progress:
-            placed = _unpack(path, "" if wanted == "." else wanted, folder, Spent(), progress.update)
+            wanted = "" if wanted == "." else wanted
+            placed = _unpack(path, wanted, folder, Spent(), progress.update, links=links)
     finally:
         shutil.rmtree(folder / NESTED, ignore_errors=True)
     for made in folder.rglob("*"):
@@ -111,19 +115,23 @@ def extract(path: Path, member: str | None, folder: Path) -> Path:
     return placed
 
 
-def _unpack(path: Path, wanted: str, folder: Path, spent: Spent, tell: Callable[[float], object]) -> Path:
+def _unpack(
+    path: Path, wanted: str, folder: Path, spent: Spent, tell: Callable[[float], object], *, links: bool
+) -> Path:
     """Walk the container once, writing what is ``wanted`` or lies below it."""
     placed, found = folder, not wanted
     packed = path.stat().st_size if path.is_file() and is_archive(path.name) else None
     before, names = spent.size, set[str]()
     with _damage_named(path):
-        for name, entry in _entries(path):
+        for name, entry in _entries(path, links):
             names.add(name)
             within = f"{wanted}/".startswith(f"{name}/")  # wanted is this entry, or inside of it
             through = within and not entry.folder and is_archive(name)
             if wanted and not (through or name == wanted or name.startswith(f"{wanted}/")):
                 continue
             if fault := entry.fault or _escape(name):
+                if path == entry.path:
+                    raise HeadstartError(f"this is {fault}", str(path), "put a file or a folder in its place")
                 if path.is_dir():
                     raise HeadstartError(f"the folder holds {fault}", f"{path}: {name}", "mend or delete it")
                 raise HeadstartError(
@@ -132,6 +140,8 @@ def _unpack(path: Path, wanted: str, folder: Path, spent: Spent, tell: Callable[
                     do="take the archive from a source that you trust, or name a safe member after `#`",
                 )
             found = True
+            spent.files += packed is not None
+            _bound(spent, spent.size - before, packed, path)
             if entry.folder:
                 continue
             target = folder / (name[len(wanted) :].lstrip("/") or name.rpartition("/")[2])
@@ -141,8 +151,6 @@ def _unpack(path: Path, wanted: str, folder: Path, spent: Spent, tell: Callable[
                 placed = target
             if target != entry.path:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                spent.files += packed is not None
-                _bound(spent, spent.size - before, packed, path)
                 with target.open("wb") as file:
                     for piece in _pieces(entry):
                         spent.size += len(piece) if packed is not None else 0
@@ -150,32 +158,44 @@ def _unpack(path: Path, wanted: str, folder: Path, spent: Spent, tell: Callable[
                         file.write(piece)
                         tell(len(piece))
             if through:
-                return _unpack(target, wanted[len(name) + 1 :], folder, spent, tell)
+                return _unpack(target, wanted[len(name) + 1 :], folder, spent, tell, links=links)
     if not found:
         raise _missing(wanted, names, path)
     return placed
 
 
-def _entries(path: Path) -> Iterator[tuple[str, Entry]]:
+def _entries(path: Path, links: bool) -> Iterator[tuple[str, Entry]]:
     """Entries under plain relative names, without the litter of macOS, in a fixed order."""
     kind = path.name.lower()
-    read = _of_folder if path.is_dir() else _of_zip if kind.endswith(ZIPS) else _of_tar
+    if (path.exists() or path.is_symlink()) and (fault := _odd(path, links)):
+        yield path.name, Entry(path.name, False, _opener(path), fault, path=path)
+        return
     if not path.is_dir() and not is_archive(kind):
         yield path.name, Entry(path.name, False, _opener(path))
         return
-    for entry in read(path):
+    packed = _of_zip if kind.endswith(ZIPS) else _of_tar
+    for entry in _of_folder(path, links) if path.is_dir() else packed(path):
         name = entry.name.replace("\\", "/").removeprefix("./").rstrip("/")
         last = name.rpartition("/")[2]
         if name not in {"", "."} and not ("__MACOSX" in name.split("/") or last == ".DS_Store"):
             yield name, entry
 
 
-def _of_folder(root: Path) -> Iterator[Entry]:
+def _odd(path: Path, links: bool) -> str:
+    """Why what lies on the disk is not read, or nothing."""
+    if path.is_symlink() and not links:
+        return "a link"
+    return "" if path.is_file() or path.is_dir() else "a broken link, device or pipe"
+
+
+def _of_folder(root: Path, links: bool) -> Iterator[Entry]:
     """Links in a folder of the user's own are followed."""
     for parent, folders, files in walk(root):
         for name in sorted(folders + files):
             path = Path(parent, name)
-            fault = "" if path.is_file() or path.is_dir() else "a broken link, device or pipe"
+            fault = _odd(path, links)
+            if fault and name in folders:
+                folders.remove(name)  # a hidden one is passed over with all that it leads to
             inside = path.relative_to(root)
             # Editors and other programs keep locks and sockets where nobody sees them.
             if not (fault and any(part.startswith(".") for part in inside.parts)):
@@ -204,14 +224,30 @@ def _name(info: zipfile.ZipInfo) -> str:
 
 
 def _of_tar(path: Path) -> Iterator[Entry]:
-    with tarfile.open(path) as archive:
-        for info in archive:
+    with tarfile.open(path, tarinfo=_Header) as archive:
+        while (info := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
             fault = "" if info.isreg() or info.isdir() else "a link or device"
             try:
                 tarfile.data_filter(info, str(path.parent))  # Python's own opinion, besides ours
             except tarfile.FilterError as error:
                 fault = fault or f"an unsafe member ({type(error).__name__})"
             yield Entry(info.name, info.isdir(), _opener(info, archive.extractfile), fault, info.size)
+
+
+class _Header(tarfile.TarInfo):
+    """The header of a tar's member. Names and notes before it are read whole, so huge ones never are."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        kinds = {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE}
+        if self.type in kinds | {tarfile.SOLARIS_XHDTYPE} and self.size > MAX_HEADER:
+            raise HeadstartError(
+                f"the archive holds a header of {self.size:,} bytes, which is never read",
+                where=str(archive.name),
+                do="take the archive from a source that you trust, or pack its files again",
+            )
+        member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        return member
 
 
 def _opener(
@@ -242,6 +278,8 @@ def _escape(name: str) -> str:
     """Why a name would lead out of the folder, or nothing."""
     if name.startswith("/") or re.match(r"[A-Za-z]:", name):
         return "an absolute path"
+    if name.count("/") > MAX_FOLDERS:
+        return f"a path of more than {MAX_FOLDERS} folders"
     return "a path that leads out of it" if ".." in name.split("/") or "\0" in name else ""
 
 
@@ -249,7 +287,7 @@ def _bound(spent: Spent, size: int, packed: int | None, path: Path) -> None:
     """Stop an archive that unpacks to far more than it should."""
     for grown in (
         f"more than {MAX_BYTES >> 30} GiB" if spent.size > MAX_BYTES else "",
-        f"more than {MAX_FILES:,} files" if spent.files > MAX_FILES else "",
+        f"more than {MAX_FILES:,} files and folders" if spent.files > MAX_FILES else "",
         f"more than {MAX_RATIO} times its size"
         if packed and size > max(RATIO_FROM, MAX_RATIO * packed)
         else "",
