@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
+import tarfile
 import time
 import uuid
 import zipfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pandas as pd
 import pytest
+from fsspec.implementations.memory import MemoryFile
 from PIL import Image
 
 from headstart import archives, batches, inbox, validation
@@ -27,6 +31,7 @@ from headstart.errors import HeadstartError
 from headstart.layout import Layout
 from headstart.recipe import Recipe
 from tests import cached, examples
+from tests.s3 import BUCKET, s3
 
 TEXTS: dict[str, Any] = {"adapter": "table", "columns": {"text": "body", "label": "mood", "domain": "shop"}}
 PICTURES: dict[str, Any] = {"adapter": "image_folder"}
@@ -176,8 +181,8 @@ def test_a_batch_that_changes_while_it_is_copied_stays_where_it_is(
     layout = texts(tmp_path)
     batch, place = drop(layout, "monday.csv"), archives.place
 
-    def meanwhile(*given: Any) -> None:
-        place(*given)
+    def meanwhile(*given: Any, **named: Any) -> None:
+        place(*given, **named)
         batch.write_text("body,mood,shop\na text that grew,happy,a\n")
 
     with monkeypatch.context() as patch:
@@ -201,13 +206,13 @@ def test_a_batch_that_is_withdrawn_while_it_or_another_is_copied_is_passed_over(
         drop(layout, name)
     drop(layout, "tuesday.csv")
 
-    def withdrawn(came: Path, *given: Any) -> None:
+    def withdrawn(came: Path, *given: Any, **named: Any) -> None:
         if came.name == ("a.csv" if looked else name):
             path = layout.inbox / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
             if looked:  # by somebody else
                 inbox.look(chosen, layout)
-        place(came, *given)
+        place(came, *given, **named)
 
     monkeypatch.setattr(archives, "place", withdrawn)
     assert take(chosen, layout).keys() == {"tuesday"} | {"a"}
@@ -223,9 +228,9 @@ def test_a_file_that_is_withdrawn_from_a_store_while_another_is_copied_is_passed
     for name in ("a.csv", "monday.csv"):
         store.pipe(f"{root}/{name}", b"body,mood,shop\na new text,happy,a\n")
 
-    def withdrawn(*given: Any) -> None:
+    def withdrawn(*given: Any, **named: Any) -> None:
         store.rm(f"{root}/monday.csv")
-        place(*given)
+        place(*given, **named)
 
     monkeypatch.setattr(archives, "place", withdrawn)
     assert take(recipe(inbox=prefix), layout).keys() == {"a"}
@@ -301,6 +306,136 @@ def test_a_damaged_archive_is_rejected_and_kept_as_it_came(tmp_path: Path) -> No
     assert take(recipe(), layout) == {}  # once is enough
 
 
+def linked_to(target: str) -> Callable[[Path], None]:
+    return lambda path: path.symlink_to(target)
+
+
+def folder_with(name: str, make: Callable[[Path], None]) -> Callable[[Path], None]:
+    def made(path: Path) -> None:
+        (path / name).parent.mkdir(parents=True)
+        (path / "rows.csv").write_text("body,mood,shop\na new text,happy,a\n")
+        make(path / name)
+
+    return made
+
+
+def deep(path: Path) -> None:
+    for _ in range(150):
+        path.mkdir()
+        path = path / "d"
+    path.write_text("body,mood,shop\n")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (linked_to("../../private"), "a link"),
+        (linked_to("../../private/secret.csv"), "a link"),
+        (linked_to("nowhere"), "a link"),
+        (os.mkfifo, "pipe"),
+        (folder_with("secret.csv", linked_to("../../../private/secret.csv")), "a link"),
+        (folder_with("inner/private", linked_to("../../../../private")), "a link"),
+        (folder_with("pipe", os.mkfifo), "pipe"),
+        (folder_with(".batch.json/x", Path.touch), ".batch.json"),
+        (deep, "more than 100 folders"),
+    ],
+)
+def test_a_link_and_whatever_is_no_file_is_rejected_where_it_lies_and_holds_nothing_up(
+    make: Callable[[Path], None], words: str, tmp_path: Path
+) -> None:
+    layout, chosen = texts(tmp_path), recipe()
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private/secret.csv").write_text("body,mood,shop\nsecret,happy,a\n")
+    layout.inbox.mkdir(parents=True)
+    make(layout.inbox / "evil")
+    drop(layout, "good.csv")
+    reasons = take(chosen, layout)
+    assert words in reasons["evil"]["value"].iloc[0]
+    assert batches.names(layout) == ["good"]
+    assert files(layout.quarantine / "evil") == [".batch.json", "reasons.csv"]
+    assert [path.name for path in layout.inbox.iterdir()] == ["evil"]
+    assert take(chosen, layout) == {}  # once is enough
+    waits = {arrival.name: arrival.waits for arrival in inbox.look(chosen, layout)}
+    assert waits == {"evil": "it is rejected until it changes"}
+    (layout.inbox / "evil").rename(tmp_path / "away")
+    drop(layout, "evil", "body,mood,shop\na text that is mended,happy,a\n").rename(layout.inbox / "evil.csv")
+    assert take(chosen, layout)["evil-2"].empty
+
+
+def test_what_a_hidden_link_leads_to_is_passed_over(tmp_path: Path) -> None:
+    layout = texts(tmp_path)
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private/secret.csv").write_text("body,mood,shop\nsecret,happy,a\n")
+    drop(layout, "monday/rows.csv")
+    (layout.inbox / "monday/.private").symlink_to(tmp_path / "private")
+    (layout.inbox / "monday/.#rows.csv").symlink_to("someone@host.123:456")  # an editor's lock
+    assert take(recipe(), layout)["monday"].empty
+    assert files(layout.batches / "monday") == [".batch.json", "rows.csv"]
+
+
+@pytest.mark.parametrize(
+    "name", [".batch.json/x", ".batch.json.partial/x", ".reasons.csv.partial/x", "d/" * 1000]
+)
+@pytest.mark.parametrize("label", ["happy", "angry"])
+def test_an_archive_with_names_of_our_own_or_without_end_is_rejected_and_holds_nothing_up(
+    name: str, label: str, tmp_path: Path
+) -> None:
+    layout = texts(tmp_path)
+    layout.inbox.mkdir(parents=True)
+    with tarfile.open(layout.inbox / "evil.tar.gz", "w:gz") as archive:
+        for inside, content in (("rows.csv", f"body,mood,shop\nnew,{label},a\n"), (f"{name}x", "x")):
+            info = tarfile.TarInfo(inside)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content.encode()))
+    drop(layout, "good.csv")
+    reasons = take(recipe(), layout)
+    assert reasons["evil"]["rule"].tolist() == ["readable"]
+    said = reasons["evil"]["value"].iloc[0]
+    assert name.partition("/x")[0] in said or "more than 100 folders" in said
+    assert batches.names(layout) == ["good"]
+    assert files(layout.quarantine / "evil") == [".batch.json", "evil.tar.gz", "reasons.csv"]
+    assert files(layout.inbox) == []
+
+
+@pytest.mark.parametrize("name", [b"n" * 250 + b".csv", b"caf\xe9.zip"])
+def test_a_name_may_be_as_long_as_a_disk_allows_and_of_any_bytes(name: bytes, tmp_path: Path) -> None:
+    layout = texts(tmp_path)
+    drop(layout, os.fsdecode(name))
+    drop(layout, "good.csv")
+    reasons = take(recipe(), layout)
+    assert len(reasons) == 2 and reasons["good"].empty
+    assert files(layout.inbox) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x.csv",
+        "a/../x.csv",
+        "a//x.csv",
+        "n" * 300,
+        "x\0.csv",
+        "d/" * 200 + "x",
+        "d/" * 2000 + "x",
+        "x.csv/y",
+    ],
+)
+def test_what_a_store_names_as_no_file_can_be_named_is_rejected_where_it_lies(
+    name: str, tmp_path: Path
+) -> None:
+    layout, prefix = texts(tmp_path), f"memory://{uuid.uuid4().hex}/new"
+    store, root = fsspec.url_to_fs(prefix)
+    for given in ("good.csv", "evil/x.csv", f"evil/{name}"):
+        store.store[f"{root}/{given}"] = MemoryFile(
+            store, f"{root}/{given}", b"body,mood,shop\nnew,happy,a\n"
+        )
+    reasons = take(recipe(inbox=prefix), layout)
+    assert not reasons["evil"].empty and reasons["good"].empty
+    assert f"{root}/evil/{name}" in store.store
+    assert f"{root}/good.csv" not in store.store
+    assert take(recipe(inbox=prefix), layout) == {}
+
+
 def test_a_rejected_batch_that_is_mended_in_its_place_or_brought_again_is_looked_at_anew(
     tmp_path: Path,
 ) -> None:
@@ -366,6 +501,34 @@ def test_an_inbox_may_be_a_prefix_of_a_store(
     assert sorted(batches.names(layout)) == ["day", "night"]
     assert len(files(layout.batches / "night")) == 12
     assert store.find(root) == []
+
+
+@pytest.mark.parametrize("kind", ["memory", pytest.param("s3", marks=[pytest.mark.slow, pytest.mark.long])])
+def test_a_name_that_looks_like_a_pattern_takes_no_other_batch_along(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = texts(tmp_path)
+    with ExitStack() as running:
+        prefix = f"memory://{uuid.uuid4().hex}/new"
+        if kind == "s3":
+            for name, value in running.enter_context(s3(tmp_path, dict(os.environ))).items():
+                monkeypatch.setenv(name, value)
+            prefix = f"s3://{BUCKET}/new"
+        store, root = fsspec.url_to_fs(prefix, skip_instance_cache=True)
+        given = ["*", "*.csv", "[a-z].csv", "?.csv", "a::b.csv", "b.csv", "night/*.csv", "night/deep/[x].csv"]
+        for number, name in enumerate(given):
+            store.pipe(f"{root}/{name}", b"body,mood,shop\nrow %d,happy,a\n" % number)
+        inbox.look(chosen := recipe(inbox=prefix), layout)
+        taken = inbox.Inbox.of(chosen, layout)
+        taken.remove("*", taken.fingerprint("*"))
+        assert taken.names() == ["*.csv", "?.csv", "[a-z].csv", "a::b.csv", "b.csv", "night"]
+        assert take(chosen, layout).keys() == {"batch", "a-z", "batch-2", "a-b", "b", "night"}
+        kept = [*layout.quarantine.rglob("*.csv"), *layout.batches.rglob("*.csv")]
+        rows = {path.read_text().splitlines()[1] for path in kept if path.name != "reasons.csv"}
+        assert rows == {f"row {number},happy,a" for number in range(1, 8)}
+        store.invalidate_cache()
+        assert set(store.find(root)) <= {root}
+        assert kind == "s3" or not store.exists(f"{root}/night")  # an empty folder is none in S3
 
 
 def test_a_store_that_is_not_there_is_an_error_that_may_pass(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pandas as pd
@@ -26,16 +27,21 @@ from filelock import FileLock
 from headstart import adapters, archives, batches, schemas, sources, validation
 from headstart.errors import HeadstartError
 from headstart.layout import HIDDEN, Layout, unwritable_named
+from headstart.progress import bar
 from headstart.recipe import Recipe, Validate
 
 # What programs call a file that they have not finished.
 UNFINISHED = (".part", ".partial", ".tmp", ".crdownload", ".filepart")
 REASONS = "reasons.csv"
 GONE = ".gone"  # of a batch that is in quarantine, and whose files in the inbox are being deleted
+STAYS = "stays"  # noted of a batch that is rejected, and of which no copy is made
 GRACE = 5.0  # seconds that a command waits longer than a batch needs to settle
+OWN = (batches.ABOUT, f"{batches.ABOUT}.partial", f".{REASONS}.partial")  # what is noted of a batch
+MAX_NAME = 255  # bytes that file systems take
 REMIND = 3600.0  # seconds after which a batch that nobody took is news again
 # What a store knows of a file that changes with it.
 FACTS = ("size", "mtime", "ETag", "etag", "LastModified", "last_modified", "updated", "created")
+PATTERN = {"*", "?", "["}  # what a store's driver takes for more than a name
 UNUSABLE = "usable_rows"
 REMEDY = {
     "known_id": "take the id from the manifest, or the path within its batch",
@@ -48,6 +54,10 @@ REMEDY = {
     UNUSABLE: "check the batch and the adapter",
     "value_missing": "fill it in, or delete the line",
 }
+
+
+class UnfitError(HeadstartError):
+    """A batch in a store that cannot be brought here, which is its own fault."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,8 @@ def look(recipe: Recipe, layout: Layout) -> list[Arrival]:
             waits = f"{unfinished[0]} is not finished" if unfinished else ""
             if not waits and still > 0:
                 waits = f"nothing may change for another {still:.0f} s"
+            if not waits and STAYS in entry:
+                waits = "it is rejected until it changes"
             told = now - entry.get("told", 0) < REMIND
             arrivals.append(Arrival(name, waits, not unfinished and still > 0, told))
         return sorted(arrivals, key=lambda arrival: (known[arrival.name]["since"], arrival.name))
@@ -116,7 +128,8 @@ def bring(recipe: Recipe, layout: Layout) -> None:
         HeadstartError: the store cannot be reached, or the disk is full or not writable.
     """
     inbox = Inbox.of(recipe, layout)
-    inbox.sweep()
+    with unwritable_named(layout.inbox):
+        inbox.sweep()
     for partial in layout.quarantine.glob(".*.partial"):
         shutil.rmtree(partial)
     for name in waiting(recipe, layout):
@@ -128,9 +141,14 @@ def bring(recipe: Recipe, layout: Layout) -> None:
             target = known[name].setdefault("as", _unique(name, layout, named))
         here = (layout.quarantine / target).exists() or (layout.batches / target).exists()
         if here or _copied(inbox, name, fingerprint, layout.quarantine / target, layout):
-            inbox.remove(name, fingerprint)
+            stays = batches.about(layout.quarantine / target).get(STAYS, False)
+            if not stays:
+                inbox.remove(name, fingerprint)
             with _remembered(layout) as known:
-                known.pop(name, None)  # the same file, brought again with its old time, is another batch
+                if stays and name in known:
+                    known[name][STAYS] = True
+                else:
+                    known.pop(name, None)  # the same file, brought again with its old time, is another batch
 
 
 def pending(layout: Layout) -> list[str]:
@@ -273,7 +291,9 @@ def _classes(known: pd.DataFrame, options: Validate) -> list[str]:
 
 
 def _table(lines: Sequence[tuple[str, ...]]) -> pd.DataFrame:
-    return pd.DataFrame(lines, columns=schemas.COLUMNS, dtype="str")
+    # A name is whatever bytes the disk has.
+    said = [[words.encode("utf-8", "backslashreplace").decode() for words in line] for line in lines]
+    return pd.DataFrame(said, columns=schemas.COLUMNS, dtype="str")
 
 
 # Quarantine
@@ -310,23 +330,27 @@ def _copy(  # noqa: PLR0917  # all that it is made of
     content = partial / "content"
     with unwritable_named(target):
         content.mkdir(parents=True)
-        came, fault = inbox.fetch(name, partial / "came"), None
+        note: dict[str, object] = {"entry": name}
+        came = None
         try:
-            archives.place(came, None, content)
-        except HeadstartError as error:  # it is kept as it came
+            came = inbox.fetch(name, partial / "came")
+            _place(came, content)
+        except HeadstartError as error:
+            if came is None and not isinstance(error, UnfitError):  # the store's fault
+                raise
             shutil.rmtree(content)
             content.mkdir()
-            if came.is_dir():
-                shutil.copytree(came, content / came.name, symlinks=True)
-            else:
-                shutil.copy2(came, content / came.name)
-            fault = ["readable", came.name, " ".join([error.what, *error.table]), error.do]
+            if came is not None and came.is_file() and not came.is_symlink():
+                shutil.copy2(came, content / name)  # it is kept as it came
+            else:  # there may be no copying it: links, pipes, names too long
+                note[STAYS] = True
+            note["fault"] = ["readable", name, " ".join([error.what, *error.table]), error.do]
         if (content / REASONS).exists():  # that name says that a batch is rejected
             _set_aside(content / REASONS)
         folders = [folder for parent in (layout.quarantine, layout.batches) for folder in parent.glob("*")]
         number = 1 + max((batches.about(folder).get("number", 0) for folder in folders), default=0)
-        about = {"number": number, "entry": name} | ({"fault": fault} if fault else {})
-        (content / batches.ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
+        about = json.dumps(note | {"number": number})
+        (content / batches.ABOUT).write_text(f"{about}\n", encoding="utf-8")
         same = inbox.fingerprint(name) == fingerprint
         if same:
             content.rename(target)
@@ -334,11 +358,29 @@ def _copy(  # noqa: PLR0917  # all that it is made of
     return same
 
 
+def _place(came: Path, content: Path) -> None:
+    """Unpack a batch.
+
+    Raises:
+        HeadstartError: it cannot be unpacked as it is.
+    """
+    try:
+        archives.place(came, None, content, links=False)
+    except OSError as error:
+        if error.errno not in archives.ILL_NAMED - {None}:
+            raise
+        where = str(error.filename or came)
+        raise HeadstartError("the batch holds a name that cannot be here", where, "rename it") from error
+    for name in OWN:
+        if (content / name).is_dir():
+            raise HeadstartError(f"the batch holds a folder {name}", str(came), "rename it")
+
+
 def _set_aside(path: Path) -> None:
     """Remove reasons that a batch brings along from an earlier look; anything else gets another name."""
     if path.is_file():
         with path.open(encoding="utf-8", errors="replace") as file:
-            if file.readline().strip() == ",".join(schemas.COLUMNS):
+            if file.readline(1000).strip() == ",".join(schemas.COLUMNS):
                 path.unlink()
                 return
     other = path
@@ -420,41 +462,90 @@ class Inbox:
         return _digest(self._files(name))
 
     def fetch(self, name: str, folder: Path) -> Path:
-        """The entry as a path, to be read; from a store it is copied into ``folder``."""
+        """The entry as a path, to be read; from a store it is copied into ``folder``.
+
+        Raises:
+            UnfitError: the entry's names cannot be those of files here.
+            HeadstartError: it is gone, or (transient) the store does not give it.
+        """
+        from fsspec.callbacks import TqdmCallback
+
         if self.local:
             return Path(self.root, name)
+        files = list(self._files(name))
+        above = {str(parent) for file in files for parent in PurePosixPath(file).parents}
+        for file in files:
+            if file in above or not _can_be(file):
+                where = sources.redacted(self.uri.rstrip("/")) + file
+                raise UnfitError("the batch holds a name that no file here can have", where, "rename it")
         folder.mkdir()
-        sources.from_store(f"{self.uri.rstrip('/')}/{name}", folder / name)
+        with (
+            sources.trouble_named(f"{self.uri.rstrip('/')}/{name}"),
+            TqdmCallback({"desc": f"downloading {name}", "unit": " files"}, tqdm_cls=bar) as tell,
+        ):
+            if not files:
+                raise FileNotFoundError(name)
+            # Not by its address: `a::b` would be two.
+            self.store.get(
+                [self.root + file for file in files], [f"{folder}{file}" for file in files], callback=tell
+            )
         return folder / name
 
     def remove(self, name: str, fingerprint: str) -> None:
         """Delete an entry, unless it has changed since."""
-        if self.fingerprint(name) != fingerprint:
+        self.store.invalidate_cache()
+        files = self._files(name)
+        if _digest(files) != fingerprint:
             return
         with unwritable_named(Path(name)), sources.trouble_named(self.uri):
             if self.local:
                 path = Path(self.root, name)
-                path.rename(path.with_name(f".{name}{GONE}"))  # at once, for whoever looks
+                path.rename(path.with_name(f".{fingerprint[:16]}{GONE}"))  # at once, for whoever looks
                 self.sweep()
             else:
-                self.store.rm(f"{self.root}/{name}", recursive=True)
+                self._delete([f"{self.root}{file}" for file in files])
+
+    def _delete(self, paths: list[str]) -> None:
+        """Delete these files of a store and no others, and the folders that they leave empty."""
+        patterns = [path for path in paths if PATTERN & set(path)]
+        for path in patterns:  # `rm` would delete all that they match
+            self.store.rm_file(path)
+        if len(patterns) < len(paths):
+            self.store.rm([path for path in paths if path not in patterns])
+        above = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
+        for folder in sorted(above, reverse=True):
+            if folder.startswith(f"{self.root}/"):
+                with contextlib.suppress(OSError, NotImplementedError):  # most stores have none
+                    self.store.rmdir(folder)
 
     def sweep(self) -> None:
         """Delete what a kill has left of entries that are gone."""
         for path in Path(self.root).glob(f".*{GONE}") if self.local else ():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _files(self, name: str) -> dict[str, list[str]]:
         with sources.trouble_named(self.uri):
             try:
+                if self.local and (path := Path(self.root, name)).is_symlink():
+                    return {f"/{name}": [str(path.readlink())]}  # nobody looks at what it leads to
                 found = self.store.find(f"{self.root}/{name}", detail=True)
             except FileNotFoundError:  # it is going, or is being renamed
                 return {}
+            except RecursionError:  # too deep to be looked at, so no batch
+                return {f"/{name}/..": []}
         known = FACTS[:2] if self.local else FACTS  # a file's other times change with its name
         return {
             path.removeprefix(self.root): [str(facts.get(fact)) for fact in known]
             for path, facts in found.items()
+            if not path.endswith("/")  # of S3, what stands for an empty folder
         }
+
+
+def _can_be(file: str) -> bool:
+    """Whether what a store calls so can be a file here, and no other."""
+    parts = file.removeprefix("/").split("/")
+    strange = {"", ".", ".."} & set(parts) or "\0" in file or len(parts) > archives.MAX_FOLDERS
+    return not strange and all(len(os.fsencode(part)) <= MAX_NAME for part in parts)
 
 
 def _digest(files: dict[str, list[str]]) -> str:
