@@ -217,6 +217,19 @@ def test_a_name_without_end_is_never_read(kind: bytes, first: bool, tmp_path: Pa
     assert "a header of 262,145 bytes" in refused(path, None, folder)
 
 
+def test_sizes_and_names_that_cannot_be_are_damage(tmp_path: Path, folder: Path) -> None:
+    backwards = special("x", tarfile.REGTYPE)
+    backwards.size = -(1 << 20)
+    (tmp_path / "x.tar").write_bytes(backwards.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    assert "damaged" in refused(tmp_path / "x.tar", None, folder)
+    path = packed(tmp_path / "x.zip", {"x": b"1"})
+    content = bytearray(path.read_bytes())
+    directory = content.index(b"PK\x01\x02")
+    content[directory + 28], content[directory + 30] = 0, 1  # no name, and a byte of something else
+    path.write_bytes(content)
+    assert "damaged" in refused(path, None, folder)
+
+
 def test_a_file_may_lie_in_many_folders_but_not_in_any_number(tmp_path: Path, folder: Path) -> None:
     name = "d/" * archives.MAX_FOLDERS + "x"
     for suffix in (".zip", ".tar"):

@@ -46,11 +46,13 @@ DAMAGED = (
     zlib.error,
     lzma.LZMAError,
     struct.error,
+    LookupError,
+    OverflowError,
     ValueError,
     RuntimeError,
 )
-# OSErrors that are the archive's fault: bad compressed bytes (no errno), or names that cannot be files.
-ILL_NAMED = {None, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EILSEQ}
+# OSErrors that are the archive's fault: bad compressed bytes (no errno), or names and sizes that cannot be.
+ILL_NAMED = {None, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL}
 
 
 @dataclass(frozen=True)
