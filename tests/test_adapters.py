@@ -487,6 +487,24 @@ def test_some_of_the_rated_texts_will_do_and_unrated_ones_have_no_label(tmp_path
     assert cells(frame, "id", "label", "left_out") == [("tweets:2", None, "no label")]
 
 
+@pytest.mark.parametrize("path", ["/etc/passwd", "../other.png", "a/../../other.png"])
+def test_a_list_may_name_only_what_lies_in_the_folder(path: str, tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/labels.csv").write_text(f"a/..b.png 0.0 mono\n{path} 1.0 mono\n")
+    with pytest.raises(HeadstartError, match="1 paths of pictures lead out of the data") as caught:
+        read(tmp_path / "raw", Validate(adapter="elpv"))
+    assert list(caught.value.table) == [path]
+
+
+def test_pictures_and_the_folder_itself_may_be_links_as_a_cache_makes_them(tmp_path: Path) -> None:
+    touch(tmp_path / "cache", "1.png")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/a.png").symlink_to(tmp_path / "cache/1.png")
+    (tmp_path / "kept/labels.csv").write_text("a.png 0.0 mono\n")
+    (tmp_path / "raw").symlink_to(tmp_path / "kept")
+    assert list(read(tmp_path / "raw", Validate(adapter="elpv"))["path"]) == ["a.png"]
+
+
 @pytest.mark.parametrize("adapter", ["elpv", "vader"])
 def test_an_example_without_its_files_says_so(adapter: str, tmp_path: Path) -> None:
     with pytest.raises(HeadstartError, match="is missing") as caught:

@@ -644,6 +644,19 @@ def test_a_batch_without_any_row_of_use_says_why(tmp_path: Path) -> None:
     assert "neither source nor target" in take(chosen, layout)["alien"]["value"].iloc[0]
 
 
+@pytest.mark.parametrize("path", ["/{0}", "../../../private.png", "x\0.png"])
+def test_a_batch_that_names_pictures_elsewhere_is_rejected(path: str, tmp_path: Path) -> None:
+    layout = Layout(tmp_path, "case")
+    layout.raw.mkdir(parents=True)
+    for place in ("private.png", "data/case/a.png", "data/case/b.png"):
+        Image.new("L", (40, 40)).save(tmp_path / place)
+    (layout.raw / "labels.csv").write_text("a.png 0.0 mono\nb.png 1.0 mono\n")
+    drop(layout, "odd/labels.csv", f"{path.format(tmp_path / 'private.png')} 0.0 mono\n")
+    reasons = take(recipe({"adapter": "elpv"}), layout)["odd"]
+    assert reasons["rule"].tolist() == ["readable"]
+    assert "lead out of the data" in reasons["value"].iloc[0]
+
+
 def test_an_adapter_that_falls_over_a_batch_rejects_it(tmp_path: Path) -> None:
     layout = Layout(tmp_path, "case")
     layout.raw.mkdir(parents=True)

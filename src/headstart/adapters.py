@@ -58,8 +58,8 @@ def read(raw: Path, options: Validate) -> pd.DataFrame:
     """Rows of a raw folder, by the adapter that the recipe names.
 
     Raises:
-        HeadstartError: the folder is missing, the adapter is unknown or cannot be imported, or
-            the files are not what the adapter expects.
+        HeadstartError: the folder is missing, the adapter is unknown or cannot be imported, the files are
+            not what the adapter expects, or a row's path leads out of the folder.
     """
     if not raw.is_dir():
         do = "run `headstart ingest RECIPE` first"
@@ -77,7 +77,19 @@ def read(raw: Path, options: Validate) -> pd.DataFrame:
             where="validate.adapter",
             do="give `label` and either `text` or `path`",
         )
+    if "path" in frame and (outside := sorted({path for path in map(str, frame["path"]) if _outside(path)})):
+        raise HeadstartError(
+            f"{len(outside)} paths of pictures lead out of the data",
+            where=str(raw),
+            table=outside[:20],
+            do="give each as a path inside of the folder, without `..`",
+        )
     return frame.reset_index(drop=True)
+
+
+def _outside(path: str) -> bool:
+    """Whether a path is none inside of a folder, going by its name: DVC may keep the files as links."""
+    return path.startswith("/") or ".." in path.split("/") or "\0" in path
 
 
 def _find(name: str) -> Adapter:
