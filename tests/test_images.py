@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from headstart import images
+from headstart import images, validation
 from headstart.adapters import IMAGE_SUFFIXES
 from headstart.errors import HeadstartError
 
@@ -176,6 +176,21 @@ def test_what_is_no_picture_is_told_by_its_size_when_it_has_no_name() -> None:
     assert "20 bytes" in str(caught.value)
     assert "not a picture" in str(caught.value)
     assert "0x" not in str(caught.value)  # no address in memory: the same error twice reads the same
+
+
+def test_of_the_two_pictures_that_a_camera_may_put_into_one_file_the_first_counts() -> None:
+    both = encoded(smooth(), "mpo", save_all=True, append_images=[smooth().rotate(180)])
+    assert distance(read(both), resized(smooth())) < 12
+
+
+@pytest.mark.parametrize("name", ["a.eps", "a.jpg"])
+def test_postscript_is_no_picture_and_is_never_run(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(encoded(smooth(), "eps"))
+    with pytest.raises(HeadstartError) as caught:
+        read(tmp_path / name)
+    assert caught.value.table == ["not a picture"]
+    broken = validation.look_at(tmp_path, [name], 1).broken
+    assert broken["value"].tolist() == [f"not a picture ({(tmp_path / name).stat().st_size} bytes)"]
 
 
 def test_whatever_a_decoder_raises_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,22 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.uint8]
 
+# What a file may be, whatever it is called; JPEG with several pictures (MPO) is JPEG. Pillow knows dozens of
+# others, and hands PostScript to Ghostscript, which runs it.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF")
+
+
+def opened(item: Path | bytes) -> Image:
+    """A picture of one of the formats that are read, from a file's path or its bytes; nothing is decoded yet.
+
+    Raises:
+        PIL.UnidentifiedImageError: it is none.
+        OSError: no such file.
+    """
+    from PIL import Image
+
+    return Image.open(item if isinstance(item, Path) else io.BytesIO(item), formats=FORMATS)
+
 
 def read(item: Path | bytes, side: int, interpolation: str, into: Pixels) -> None:
     """Decode one image, squeeze it into a square, and write it to ``into``, uint8 [side, side, 3].
@@ -40,7 +56,7 @@ def read(item: Path | bytes, side: int, interpolation: str, into: Pixels) -> Non
 
     resampling = Image.Resampling[interpolation.upper()]
     try:
-        with Image.open(item if isinstance(item, Path) else io.BytesIO(item)) as image:
+        with opened(item) as image:
             image.draft(None, (2 * side, 2 * side))  # JPEG only: decodes at the next larger eighth
             ImageOps.exif_transpose(image, in_place=True)
             resized = _eight_bits(image).resize((side, side), resampling).convert("RGB")

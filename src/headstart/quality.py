@@ -6,7 +6,6 @@ good is for whoever compares.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,14 +32,13 @@ def of_images(items: Sequence[Path | bytes]) -> dict[str, Floats]:
     Raises:
         HeadstartError: an image that cannot be read.
     """
-    from PIL import Image
     from scipy.ndimage import laplace
 
     found = np.empty((len(items), 5))
     pixels = np.empty((SIDE, SIDE, 3), np.uint8)
     for row, item in enumerate(bar(items, desc="measuring images", unit=" images")):
         images.read(item, SIDE, "bilinear", pixels)
-        with Image.open(item if isinstance(item, Path) else io.BytesIO(item)) as image:
+        with images.opened(item) as image:
             width, height = image.size
         grey = pixels.mean(axis=2)
         found[row] = width, height, grey.mean(), grey.std(), laplace(grey).std()

@@ -8,7 +8,6 @@ counts. Either all rules hold or nothing is written. A row is never dropped sile
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import warnings
@@ -22,7 +21,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from headstart import adapters, batches, duplicates, progress, schemas, splits
+from headstart import adapters, batches, duplicates, images, progress, schemas, splits
 from headstart.errors import HeadstartError
 from headstart.layout import EARLIER_SPLITS, HIDDEN, Layout, written_whole
 from headstart.recipe import Recipe, Validate
@@ -385,7 +384,7 @@ def _look(path: Path, min_side: int) -> Look | tuple[str, str, str]:
         return "file_exists", str(error.strerror).lower(), "add the file, or delete its row"
     replace = "replace or delete the file"
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with images.opened(data) as image:
             mode, frames = image.mode, getattr(image, "n_frames", 1)
             image.load()
             if min(image.size) < min_side:
