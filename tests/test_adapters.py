@@ -354,6 +354,12 @@ def test_usual_names_of_splits_are_understood_and_others_kept_for_validation(tmp
         ("t.csv", 'text,label\n"never closed,a\n', "line 2: unexpected end of data"),
         ("t.jsonl", '{"text": "x", "label": "a"}\n{oops\n', "line 2: "),
         ("t.jsonl", "[1, 2]\n", "line 1 is not a JSON object"),
+        (
+            "t.jsonl",
+            '{"text": "x", "label": "a", "m": ' + "[" * 900 + "]" * 900 + "}",
+            "more than 100 others",
+        ),
+        ("t.jsonl", '{"text": "x", "label": "a", "m": ' + "[" * 50_000, "more than 100 others"),
         ("t.parquet", "nonsense", "Parquet"),
     ],
 )

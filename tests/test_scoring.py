@@ -433,6 +433,8 @@ def test_several_inputs_become_one_table_in_their_order(texts: Version) -> None:
         ("texts", "report.docx", None, ".csv, .jsonl, .parquet or .tsv"),
         ("texts", "broken.parquet", None, "the table cannot be read"),
         ("texts", "broken.jsonl", None, "the table cannot be read"),
+        ("texts", "deep.jsonl", None, "lists and objects lie in more than 100 others"),
+        ("texts", "lines.jsonl", None, "lists and objects lie in more than 100 others"),
         ("texts", "twice.csv", None, "several columns text"),
     ],
 )
@@ -444,6 +446,8 @@ def test_what_cannot_be_predicted_is_one_clear_error(
     for name in ("photo.png", "notes.txt", "report.docx", "broken.parquet"):
         (tmp_path / name).write_text("words\n")
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\nwords\n')
+    (tmp_path / "deep.jsonl").write_text('{"text": "a", "m": ' + "[" * 50_000 + "]" * 50_000 + "}\n")
+    (tmp_path / "lines.jsonl").write_text('{"text": "a", "m": ' + '{"}":\n' * 500 + "1" + "}" * 500 + "}\n")
     (tmp_path / "rows.csv").write_text("text\na delight\n")
     (tmp_path / "twice.csv").write_text("text,text\na,b\n")
     pd.DataFrame({"text": [1]}).to_parquet("numbers.parquet")

@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from headstart import mojibake
@@ -47,6 +48,8 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 BATCHES = ".batches"  # in the source's folder, one for each batch that came after it
+MAX_DEPTH = 100  # of JSON
+UNMARKED = bytes(set(range(256)) - set(b'[]{}"'))  # what says nothing of how deep JSON is
 QUOTED = re.compile(r'"(?:[^"]|"")*"')  # a cell that means what is inside, where two marks are one
 # Adapters whose groups are places in a list, and mean nothing outside of it.
 GROUPS_BY_POSITION = {"elpv"}
@@ -422,6 +425,7 @@ def _json_lines(text: str, wanted: set[str]) -> tuple[list[str], Columns]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
+                refuse_depth(line)
                 row = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
@@ -430,6 +434,25 @@ def _json_lines(text: str, wanted: set[str]) -> tuple[list[str], Columns]:
             names |= dict.fromkeys(row)
             rows.append({name: row.get(name) for name in wanted})
     return list(names), {name: [row[name] for row in rows] for name in wanted if name in names}
+
+
+def refuse_depth(text: str) -> None:
+    """Raise if lists and objects of JSON lie in each other so deep that parsers fail, pyarrow's by a crash.
+
+    About 5 ms a megabyte.
+
+    Raises:
+        ValueError: they do.
+    """
+    if text.count("[") + text.count("{") <= MAX_DEPTH:  # as of nearly every single line
+        return
+    marks = (
+        text.encode("ascii", "replace").replace(rb"\\", b"").replace(rb"\"", b"").translate(None, UNMARKED)
+    )
+    outside = np.frombuffer(b"".join(marks.split(b'"')[::2]), np.uint8)
+    opening = (outside == ord("[")) | (outside == ord("{"))
+    if np.where(opening, 1, -1).cumsum().max(initial=0) > MAX_DEPTH:
+        raise ValueError(f"lists and objects lie in more than {MAX_DEPTH} others")
 
 
 def _nearest(column: str, names: list[str]) -> str:

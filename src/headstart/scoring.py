@@ -30,7 +30,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
 import numpy as np
 
 from headstart import mojibake
-from headstart.adapters import IMAGE_SUFFIXES, TABLE_SUFFIXES, a_row_a_line, separator, unquoted
+from headstart.adapters import (
+    IMAGE_SUFFIXES,
+    TABLE_SUFFIXES,
+    a_row_a_line,
+    refuse_depth,
+    separator,
+    unquoted,
+)
 from headstart.errors import HeadstartError
 from headstart.layout import room_for_file, unwritable_named
 from headstart.models import NO_LABEL, Model, Version, arithmetic_here
@@ -561,6 +568,7 @@ def _json_lines(path: Path) -> Opened:
 
     schema, rows, long = pa.schema([]), 0, False
     for block in blocks():
+        refuse_depth(block)
         table = parsed(block)
         fields = [field.with_type(_as_written(field.type)) for field in table.schema]
         schema = pa.unify_schemas([schema, pa.schema(fields)], promote_options="permissive")
