@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from headstart.errors import HeadstartError
-from headstart.layout import written_whole
+from headstart.layout import registered_parts, written_whole
 
 
 def filled(folder: Path, *names: str) -> Path:
@@ -132,3 +132,14 @@ def test_what_may_not_be_read_is_not_called_what_could_not_be_written(tmp_path: 
         written_whole(tmp_path / "data/case"),
     ):
         raise inside
+
+
+@pytest.mark.parametrize("elsewhere", ["/etc/passwd", "../secret", "artifacts/../../secret"])
+def test_a_model_has_all_of_its_parts_in_its_folder(elsewhere: str, tmp_path: Path) -> None:
+    told = "flavors: {python_function: {artifacts: {head: {path: %s}}}}\n"
+    (tmp_path / "MLmodel").write_text(told % "artifacts/head.safetensors")
+    assert registered_parts(tmp_path) == {"head": tmp_path / "artifacts/head.safetensors"}
+    (tmp_path / "MLmodel").write_text(told % elsewhere)
+    with pytest.raises(HeadstartError, match="head does not lie in its folder") as caught:
+        registered_parts(tmp_path)
+    assert elsewhere in str(caught.value)

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from headstart.errors import HeadstartError
 
@@ -191,9 +191,21 @@ def sha256_of(path: Path) -> str:
 
 
 def registered_parts(folder: Path) -> dict[str, Path]:
-    """The parts of a model, as ``models.parts_of`` names them, in MLflow's folder of a version."""
+    """The parts of a model, as ``models.parts_of`` names them, in MLflow's folder of a version.
+
+    Raises:
+        HeadstartError: a part is said to lie elsewhere.
+    """
     import yaml
 
     described = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))
     paths = described["flavors"]["python_function"]["artifacts"]
+    for part, where in paths.items():
+        inside = PurePosixPath(where["path"])
+        if inside.is_absolute() or ".." in inside.parts:
+            raise HeadstartError(
+                f"the model's {part} does not lie in its folder",
+                where=f"{folder / 'MLmodel'}: {inside}",
+                do="take the model from a source that you trust",
+            )
     return {part: folder / where["path"] for part, where in paths.items()}
