@@ -1,16 +1,19 @@
 """The one error that headstart raises at its boundaries: what, where, and what to do.
 
 Goes in: words for a person, and optionally a table. Comes out: at most one screen of
-text, or JSON, so that a stage's error survives the process that raised it. Never a
-stack trace: an unexpected exception stays what it is and keeps its own.
+text without anything that a terminal obeys, or JSON, so that a stage's error survives
+the process that raised it. Never a stack trace: an unexpected exception stays what it is and keeps its own.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 MAX_TABLE_LINES = 60
+# Names and labels are anyone's: controls but tab and newline, what turns text around, lone surrogates.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass
@@ -35,14 +38,16 @@ class HeadstartError(Exception):
     def __str__(self) -> str:
         lines = [self.what]
         if self.where:
-            lines.append(f"  where: {self.where}")
+            lines.append(
+                f"  where: {self.where}".replace("\n", r"\n")
+            )  # a name that would pass for more lines
         shown = list(self.table[:MAX_TABLE_LINES])
         lines += [f"  {line}" for line in shown]
         if len(self.table) > len(shown):
             lines.append(f"  ... and {len(self.table) - len(shown)} more lines")
         if self.do:
             lines.append(f"  do:    {self.do}")
-        return "\n".join(lines)
+        return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), "\n".join(lines))
 
     def __reduce__(self) -> tuple[type[HeadstartError], tuple[object, ...]]:
         return (type(self), (self.what, self.where, self.do, tuple(self.table), self.transient))
