@@ -362,6 +362,15 @@ def test_a_link_and_whatever_is_no_file_is_rejected_where_it_lies_and_holds_noth
     assert take(chosen, layout)["evil-2"].empty
 
 
+def test_a_link_that_a_kill_left_half_deleted_is_deleted_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    layout = texts(tmp_path)
+    drop(layout, "good.csv")
+    (layout.inbox / ".evil.gone").symlink_to(layout.raw)
+    assert take(recipe(), layout)["good"].empty
+    assert list(layout.inbox.iterdir()) == []
+    assert (layout.raw / "t.csv").exists()
+
+
 def test_what_a_hidden_link_leads_to_is_passed_over(tmp_path: Path) -> None:
     layout = texts(tmp_path)
     (tmp_path / "private").mkdir()

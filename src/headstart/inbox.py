@@ -3,7 +3,8 @@
 Goes in: what arrives in a folder or under a prefix of a store. Comes out: batches beside the source's files
 in ``data/<recipe>/.batches/``, or in ``quarantine/<recipe>/`` with ``reasons.csv``. Whatever stands in
 quarantine without reasons is still to be looked at, so a kill at any moment loses nothing and takes nothing
-by halves. Never changes what was there before.
+by halves. What cannot be copied stays where it lies, with its reasons there. Never changes what was there
+before, and never follows a link.
 """
 
 from __future__ import annotations
@@ -507,11 +508,11 @@ class Inbox:
 
     def _delete(self, paths: list[str]) -> None:
         """Delete these files of a store and no others, and the folders that they leave empty."""
-        patterns = [path for path in paths if PATTERN & set(path)]
-        for path in patterns:  # `rm` would delete all that they match
+        plain = [path for path in paths if not PATTERN & set(path)]
+        if plain:
+            self.store.rm(plain)  # many at once
+        for path in set(paths) - set(plain):  # `rm` would delete all that they match
             self.store.rm_file(path)
-        if len(patterns) < len(paths):
-            self.store.rm([path for path in paths if path not in patterns])
         above = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
         for folder in sorted(above, reverse=True):
             if folder.startswith(f"{self.root}/"):
