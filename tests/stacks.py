@@ -51,10 +51,14 @@ class Server:
     api: str
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if body is not None:
+            token = self.ask("csrf-token?client=tests")["token"]
+            headers |= {"Prefect-Csrf-Client": "tests", "Prefect-Csrf-Token": token}
         request = urllib.request.Request(
             f"{self.api}/{path}",
             data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
+            headers=headers,
         )
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -163,6 +164,23 @@ def test_the_shipped_file_names_flows_by_their_own_parameters_and_each_example_h
     for recipe in ("solar-cells", "sentiment"):  # or neither, in a project that grew from this one
         flows = {flow for flow, name in seen if name == recipe}
         assert not flows or {"retrain", "watch", "monitor"} <= flows
+
+
+@pytest.mark.slow
+def test_a_page_of_another_site_can_ask_a_server_for_nothing(deployed: tuple[Project, Server]) -> None:
+    _, server = deployed
+    elsewhere = {"Origin": "https://elsewhere.example"}
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "prefect-csrf-token"}
+    for origin, allowed in ((elsewhere["Origin"], False), (server.api.removesuffix("/api"), True)):
+        answer = httpx.options(f"{server.api}/deployments/", headers={"Origin": origin} | asked)
+        assert answer.is_success is allowed
+        assert (answer.headers.get("access-control-allow-origin") == origin) is allowed
+    # What a browser sends without asking first, and the token, whose answer it keeps from the page.
+    path = f"{server.api}/deployments/{deployment(server)['id']}/create_flow_run"
+    simple = httpx.post(path, content="{}", headers=elsewhere | {"Content-Type": "text/plain"})
+    assert (simple.status_code, simple.json()) == (403, {"detail": "Missing CSRF token."})
+    token = httpx.get(f"{server.api}/csrf-token?client=page", headers=elsewhere)
+    assert "access-control-allow-origin" not in token.headers
 
 
 @pytest.mark.slow

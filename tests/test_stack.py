@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from mlflow.server.security_utils import is_allowed_host_header
 from prefect.settings.models.server.services import ServerServicesDBVacuumSettings
 
 from headstart import stack
@@ -48,6 +49,22 @@ def test_what_is_set_wins_but_the_parts_find_each_other(tmp_path: Path) -> None:
     plain = stack.settings(tmp_path, 1, 2, {"MLFLOW_TRACKING_URI": "http://127.0.0.1:5000"})
     assert plain["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{tmp_path}/mlflow.db"
     assert plain["MLFLOW_DEFAULT_ARTIFACT_ROOT"] == f"file://{tmp_path}/mlartifacts"
+
+
+def test_the_servers_heed_their_own_pages_alone_unless_told_otherwise(tmp_path: Path) -> None:
+    made = stack.settings(tmp_path, 1, 2, {})
+    assert made["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "http://127.0.0.1:1,http://localhost:1"
+    wanted = {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS": "*", "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "false"}
+    assert wanted.items() <= stack.settings(tmp_path, 1, 2, wanted).items()
+    composed = COMPOSE["services"]["prefect"]["environment"]
+    for name, value in stack.settings(tmp_path, 4200, 5000, {}).items():
+        if name in wanted:
+            assert composed[name] == value
+    hosts = made["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    for host in ("127.0.0.1:2", "localhost:2", "127.0.0.1:9999"):
+        assert is_allowed_host_header(hosts, host)
+    for host in ("elsewhere.example:2", "10.elsewhere.example:2", "localhost.elsewhere.example:2"):
+        assert not is_allowed_host_header(hosts, host)
 
 
 def test_prefect_deletes_old_runs(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def test_a_proxy_is_not_asked_for_what_runs_here(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ["by itself", "killed"])
-def test_the_server_answers_and_ends_with_its_command(ending: str) -> None:
+def test_the_server_answers_its_command_alone_and_ends_with_it(ending: str) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", STARTED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as command:
@@ -115,6 +116,8 @@ def test_the_server_answers_and_ends_with_its_command(ending: str) -> None:
         server = psutil.Process(int(number))
         with urllib.request.urlopen(f"{api}/health", timeout=5) as answer:
             assert answer.status == 200
+        with pytest.raises(urllib.error.HTTPError, match="401"):  # for the command alone
+            urllib.request.urlopen(f"{api}/admin/version", timeout=5)
         if ending == "killed":
             command.send_signal(signal.SIGKILL)
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -60,9 +61,11 @@ class Server:
         self.api = f"http://127.0.0.1:{port}/api"
         command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
         options = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error", "--lifespan", "on"]
+        # It writes where a later worker reads what to run: nobody else, such as a page in a browser, may ask.
+        os.environ["PREFECT_API_AUTH_STRING"] = secret = f"headstart:{secrets.token_urlsafe()}"
         self.process = subprocess.Popen(
             [*command, *options],
-            env=SETTINGS | os.environ,
+            env=SETTINGS | os.environ | {"PREFECT_SERVER_API_AUTH_STRING": secret},
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches the command, whose last words it still has to hear
             preexec_fn=processes.die_with_parent,  # noqa: PLW1509  # calls nothing but the kernel
