@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -23,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -194,6 +197,15 @@ def test_a_csv_is_answered_too(texts: Server) -> None:
     assert said.json() == texts.rows({"text": PRAISE}).json()
 
 
+def parquet(rows: int, text: str) -> bytes:
+    """Rows that are all the same, which Parquet keeps in next to no room."""
+    sink = io.BytesIO()
+    table = pa.table({"text": pa.array([text] * rows)})
+    pq.write_table(table, sink, compression="zstd", use_dictionary=False)
+    return sink.getvalue()
+
+
+PARQUET = {"Content-Type": "application/vnd.apache.parquet"}
 BAD = {
     "malformed JSON": (b"{nope", JSON, 400, "JSON"),
     "empty body": (b"", JSON, 400, "JSON"),
@@ -211,7 +223,12 @@ BAD = {
     "another content type": (b"a", {"Content-Type": "text/html"}, 415, "content types"),
     "another charset": (b"a", {"Content-Type": "application/json; charset=latin-1"}, 415, "UTF-8"),
     "a broken CSV": (b'a,b\n"1\n2,3,4\n', {"Content-Type": "text/csv"}, 400, "CSV"),
-    "a broken Parquet": (b"PAR1", {"Content-Type": "application/vnd.apache.parquet"}, 400, "Parquet"),
+    "a broken Parquet": (b"PAR1", PARQUET, 400, "Parquet"),
+    "an endless number": (b'{"inputs": {"text": [' + b"1" * 5000 + b"]}}", JSON, 400, "4300 digits"),
+    "too many rows": ({"inputs": ["a"] * (serving.MOST_ROWS + 1)}, JSON, 413, "10000 rows.*has 10001"),
+    "too many lines": (b"text\n" + b"a\n" * 20_000, {"Content-Type": "text/csv"}, 413, "has 20000"),
+    "too many rows in Parquet": (parquet(1_000_000, "a"), PARQUET, 413, "10000 rows.*has 1000000"),
+    "a Parquet that grows": (parquet(3, "a" * (100 << 20)), PARQUET, 413, "256 MB.*has 300 MB"),
     "too large": (b"x" * (serving.MOST_BYTES + 1), JSON, 413, "32 MB"),
 }
 
@@ -231,6 +248,51 @@ def told(response: httpx.Response, status: int, words: str) -> None:
 def test_a_bad_request_gets_a_reason(texts: Server, case: str) -> None:
     body, headers, status, words = BAD[case]
     told(texts.post("/invocations", body, headers), status, words)
+
+
+@slow
+def test_a_parquet_is_answered_too(texts: Server) -> None:
+    said = texts.post("/invocations", parquet(serving.MOST_ROWS, PRAISE), PARQUET).json()["predictions"]
+    assert len(said) == serving.MOST_ROWS
+    assert said[-1]["label"] == "happy"
+
+
+@slow
+@pytest.mark.parametrize("path", ["/model", "/explain", "/"])
+def test_a_page_whose_name_is_made_to_lead_here_gets_nothing(texts: Server, path: str) -> None:
+    port = texts.url.rpartition(":")[2]
+    for host in ("elsewhere.example", f"127.0.0.1.elsewhere.example:{port}", "[", ""):
+        told(httpx.get(texts.url + path, headers={"Host": host}), 421, "goes by 127.0.0.1, ::1, localhost")
+    for host in ("127.0.0.1", f"localhost:{port}", f"LOCALHOST:{port}", f"[::1]:{port}"):
+        assert httpx.get(texts.url + "/model", headers={"Host": host}).status_code == 200
+
+
+@slow
+@pytest.mark.parametrize("kind", ["text/plain", "text/plain; application/json", None])
+def test_a_question_must_say_that_it_is_json(texts: Server, kind: str | None) -> None:
+    headers = {"Origin": "https://elsewhere.example"} | ({"Content-Type": kind} if kind else {})
+    told(texts.post("/explain", {"text": PRAISE}, headers), 415, "application/json")
+    assert texts.post(
+        "/explain", {"text": PRAISE}, {"Content-Type": "Application/JSON; charset=utf-8"}
+    ).is_success
+
+
+def test_a_body_that_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "MOST_SECONDS", 0.01)
+    sent: list[Any] = []
+
+    async def never() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/invocations", "headers": []}
+    with ThreadPoolExecutor(1) as thread:  # in this one, Playwright's event loop may be running
+        thread.submit(asyncio.run, serving.Guard(None, ())(scope, never, send)).result()
+    assert sent[0]["status"] == 408
+    assert (b"connection", b"close") in sent[0]["headers"]
+    assert b"did not come" in sent[1]["body"]
 
 
 @slow
@@ -363,7 +425,7 @@ async def late(server, sockets):
     asyncio.get_running_loop().run_in_executor(None, time.sleep, 60)  # a request that goes on
     print("stopped", flush=True)
 
-serving.app_of = lambda version: None
+serving.app_of = lambda version, names: None
 uvicorn.Server.serve = {"early": early, "late": late}[sys.argv[1]]
 serving.serve(SimpleNamespace(name="small", version="1"), serving.bound("127.0.0.1", 0))
 """

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
+import ipaddress
 import json
 import logging
 import signal
 import socket
 import warnings
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -41,9 +44,13 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 MOST_BYTES = 32 << 20  # of a request: some twenty photographs
+MOST_SECONDS = 120  # for a request to come whole
+MOST_ROWS = 10_000  # of a request: a minute's work; `headstart predict` takes any number
+MOST_UNPACKED = 8 * MOST_BYTES  # of Parquet, which may hold much in little
 MOST_PIXELS = 50_000_000  # of a picture: 200 MB once decoded, whatever the size of its file
 WARM, OPAQUE = (255, 80, 0), 200  # colour of a map, and how much it covers where it is 1
 THREADS = 32  # requests that are parsed, and wait for the network, at a time
+THIS_MACHINE = ("127.0.0.1", "localhost", "::1")  # what it is called, at an address that only it can reach
 STOPS = (signal.SIGINT, signal.SIGTERM)
 PAGE = Path(__file__).with_name("page.html")
 POLICY = (  # what the page may load: itself
@@ -117,13 +124,19 @@ class Served:
         """Label and class probabilities of each row, as the registered model gives them.
 
         Raises:
-            MlflowException: rows that the model cannot read; in words, answered with status 400.
+            MlflowException: rows that the model cannot read, or too many; in words, answered with status
+                400 or 413.
         """
         import pandas as pd
         from mlflow.exceptions import MlflowException
 
         try:
-            labels, probabilities = self.queue(_items(data, self.model))
+            items = _items(data, self.model)
+            if len(items) > MOST_ROWS:
+                refused = MlflowException(f"a request may have {MOST_ROWS} rows; this one has {len(items)}")
+                refused.get_http_status_code = lambda: 413  # MLflow's own codes have no name for it
+                raise refused
+            labels, probabilities = self.queue(items)
         except HeadstartError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
         table = pd.DataFrame(probabilities, columns=[f"p:{name}" for name in self.model.classes])
@@ -152,8 +165,14 @@ def _items(rows: Any, model: Model) -> list[Item]:
     return items
 
 
-def app_of(version: Version) -> FastAPI:
-    """MLflow's scoring server around the version, with a page and explanations added."""
+def app_of(version: Version, names: Collection[str]) -> FastAPI:
+    """MLflow's scoring server around the version, with a page and explanations added.
+
+    Args:
+        version: that ``models.load`` gave.
+        names: what the server is called; requests to another name are refused. Empty: it goes by any.
+    """
+    from fastapi import HTTPException
     from mlflow.pyfunc import scoring_server
     from starlette.requests import Request
     from starlette.responses import FileResponse, JSONResponse, Response
@@ -178,6 +197,9 @@ def app_of(version: Version) -> FastAPI:
         )
 
     async def explain(request: Request) -> Response:
+        # A browser sends anything else for any page, without asking whether it may.
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(415, "a question comes with Content-Type: application/json")
         body = await request.body()
         return JSONResponse(await asyncio.to_thread(_explained, body, served.queue, explainer))
 
@@ -188,7 +210,7 @@ def app_of(version: Version) -> FastAPI:
     app.add_route("/", page)
     app.add_route("/model", described)
     app.add_route("/explain", explain, methods=["POST"])
-    app.add_middleware(Guard)
+    app.add_middleware(Guard, names=names)
     return app
 
 
@@ -242,25 +264,38 @@ def _overlay(values: Singles) -> str:
 
 
 class Guard:
-    """ASGI middleware: requests of a sane size in, and every failure out as JSON in words.
+    """ASGI middleware: requests of a sane size in, to this server, and every failure out as JSON in words.
 
     MLflow's server answers failures of a request with stack traces, with the request itself, or
     with status 500, as of a body without a content type; it reads bodies of any size into memory.
     """
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    def __init__(self, app: Any, names: Collection[str]) -> None:
+        self.app, self.names = app, names
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if self.names and _host(scope) not in self.names:
+            # A page may have its own name lead here (DNS rebinding), and would then read every answer.
+            known = ", ".join(sorted(self.names))
+            await _tell(send, 421, f"this server goes by {known}, and not by what Host says")
+            return
         if scope["path"] == "/invocations" and b"content-type" not in dict(scope["headers"]):
             scope["headers"].append((b"content-type", b"none"))  # MLflow says in words what it would take
-        body = await _body(receive)
+        try:
+            async with asyncio.timeout(MOST_SECONDS):
+                body = await _body(receive)
+        except TimeoutError:
+            await _tell(send, 408, f"the request did not come within {MOST_SECONDS} seconds")
+            return
         if body is None:
             await _tell(send, 413, f"a request may have {MOST_BYTES >> 20} MB")
+            return
+        if much := await asyncio.to_thread(_unpacked, body):
+            await _tell(send, 413, much)
             return
         given = iter([{"type": "http.request", "body": body}])
         failed, said = 0, b""
@@ -285,7 +320,10 @@ class Guard:
             await _tell(send, 400, str(error))
         except RecursionError:
             await _tell(send, 400, "the JSON is nested too deeply")
-        except Exception:
+        except Exception as error:
+            if "integer string conversion" in str(error):  # Python's own limit, which MLflow does not expect
+                await _tell(send, 400, f"a number in the JSON: {str(error).partition(';')[0]}")
+                return
             log.exception("%s %s", scope["method"], scope["path"])
             await _tell(send, 500, "the server failed; its log says where")
 
@@ -308,6 +346,32 @@ async def _body(receive: Receive) -> bytes | None:
     return b"".join(parts) if size <= MOST_BYTES else None
 
 
+def _host(scope: Message) -> str | None:
+    """The name by which a request calls this server, without its port."""
+    with contextlib.suppress(ValueError):
+        return urlsplit(f"//{dict(scope['headers']).get(b'host', b'').decode('latin-1')}").hostname
+    return None
+
+
+def _unpacked(body: bytes) -> str:
+    """What is too much in a Parquet file, by its own footer; "" if nothing is, or this is none."""
+    if not body.endswith(b"PAR1"):
+        return ""
+    from pyarrow import ArrowException, BufferReader
+    from pyarrow.parquet import read_metadata
+
+    try:
+        about = read_metadata(BufferReader(body))
+    except (ArrowException, OSError):
+        return ""  # MLflow says in words what it thinks of it
+    if about.num_rows > MOST_ROWS:
+        return f"a request may have {MOST_ROWS} rows; this one has {about.num_rows}"
+    size = sum(about.row_group(each).total_byte_size for each in range(about.num_row_groups))
+    if size > MOST_UNPACKED:
+        return f"a request may have {MOST_UNPACKED >> 20} MB unpacked; this one has {size >> 20} MB"
+    return ""
+
+
 def _words(body: bytes) -> str:
     """What a failure says, without stack trace, and without the request that it echoes."""
     try:
@@ -323,6 +387,8 @@ async def _tell(send: Send, status: int, words: str) -> None:
     """Send a failure, in the form that MLflow's clients know."""
     body = json.dumps({"error_code": HTTPStatus(status).name, "message": words}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == HTTPStatus.REQUEST_TIMEOUT:  # what may still come is no next request
+        headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
@@ -367,11 +433,13 @@ def serve(version: Version, at: socket.socket) -> None:
         server.should_exit = True
 
     _limit_pictures()
-    server = uvicorn.Server(uvicorn.Config(app_of(version), log_level="warning", timeout_graceful_shutdown=5))
+    host, port = at.getsockname()[:2]
+    names = {host, *THIS_MACHINE} if ipaddress.ip_address(host).is_loopback else ()
+    app = app_of(version, names)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     for sent in STOPS:  # uvicorn has its own handlers later, and sends itself once more what has stopped it
         signal.signal(sent, stop)
     at.listen(2048)
-    host, port = at.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"serving {version.name} version {version.version} at {address} (Ctrl-C stops it)", flush=True)
     asyncio.run(run())
