@@ -8,6 +8,7 @@ import json
 import os
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -60,10 +61,11 @@ class Loopback:
     asked: list[tuple[str, str, str]] = field(default_factory=list)
     release: threading.Event = field(default_factory=threading.Event)
     host: str = ""
+    scheme: str = "http"
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}"
+        return f"{self.scheme}://{self.host}"
 
     def downloads(self, path: str) -> list[str]:
         """The Range of each GET of a path, in order; "" for the whole."""
@@ -71,8 +73,8 @@ class Loopback:
 
 
 @contextmanager
-def serving(loopback: Loopback) -> Iterator[Loopback]:
-    """Serve until the block ends; all threads are done then."""
+def serving(loopback: Loopback, certificate: Path | None = None) -> Iterator[Loopback]:
+    """Serve until the block ends, over TLS if there is a certificate; all threads are done then."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -136,6 +138,10 @@ def serving(loopback: Loopback) -> Iterator[Loopback]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = False
     loopback.host = f"127.0.0.1:{server.server_address[1]}"
+    if certificate:
+        loopback.scheme, context = "https", ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import ipaddress
 import json
 import logging
 import os
@@ -17,7 +19,7 @@ import pytest
 
 from headstart import downloads, sources
 from tests import servers
-from tests.servers import DATA, DIGEST, Loopback, in_process, partial, refused
+from tests.servers import DATA, DIGEST, Loopback, in_process, partial, refused, serving
 
 own_world, server, closed = servers.own_world, servers.server, servers.closed
 
@@ -109,6 +111,18 @@ def test_a_server_says_when_to_come_back(server: Loopback, monkeypatch: pytest.M
     server.statuses = [(503, {"Retry-After": "7"}), (429, {"Retry-After": "Sun, 09 Sep 2001 01:46:50 GMT"})]
     sources.fetch(f"{server.url}/data.zip")
     assert pauses == [7, 10]
+
+
+@pytest.mark.parametrize("when", ["nan", "-inf", "soon", "Mon, 01 Jan 0001 00:00:00 -0000", "-7"])
+def test_a_server_that_says_nonsense_about_when_is_asked_again(when: str, server: Loopback) -> None:
+    server.statuses = [(503, {"Retry-After": when})]
+    assert sources.fetch(f"{server.url}/data.zip").read_bytes() == DATA
+
+
+@pytest.mark.parametrize("length", ["x", "-5", "1.5"])
+def test_a_length_that_is_none_is_not_heeded(length: str, server: Loopback) -> None:
+    server.headers["/data.zip"] = {"Content-Length": length}
+    assert sources.fetch(f"{server.url}/data.zip", DIGEST).read_bytes() == DATA
 
 
 def test_pauses_grow_and_differ(server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,6 +244,55 @@ def test_a_file_is_named_by_the_server_if_its_address_does_not(server: Loopback)
     server.headers["/download"] = {"Content-Disposition": 'attachment; filename="../../photos 1.tar.gz"'}
     assert sources.fetch(f"{server.url}/download?id=7").name == "photos_1.tar.gz"
     assert sources.fetch(f"{server.url}/get/7").name == "7"
+
+
+def test_a_name_is_cut_by_the_bytes_that_a_disk_counts(server: Loopback) -> None:
+    name = "%E6%BC%A2" * 120 + ".csv"
+    server.headers["/data.zip"] = {"Content-Disposition": f"attachment; filename*=UTF-8''{name}"}
+    kept = sources.fetch(f"{server.url}/data.zip")
+    assert kept.name == "漢" * 38 + ".csv"
+    assert kept.read_bytes() == DATA
+
+
+def test_a_way_that_leads_from_https_to_http_is_not_taken(
+    server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate(tmp_path)))
+    with serving(Loopback(files={"/data.zip": DATA}), tmp_path / "server.pem") as secure:
+        there = {"Location": f"{server.url.upper()}/data.zip?token=hidden"}
+        secure.statuses = [(302, {"Location": f"{secure.url}/data.zip"})]
+        assert sources.fetch(f"{secure.url}/data.zip").read_bytes() == DATA
+        secure.statuses = [(302, there)]
+        error = refused(f"{secure.url}/other.zip")
+    assert "https: to an address without encryption" in error.what
+    assert "hidden" not in str(error)
+    assert server.asked == []
+
+
+def certificate(folder: Path) -> Path:
+    """The certificate of a server on loopback, in ``server.pem`` with its key, which signs itself."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "loopback")])
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(address, critical=False)
+        .sign(key, hashes.SHA256())
+        .public_bytes(serialization.Encoding.PEM)
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (folder / "server.pem").write_bytes(private + made)
+    (folder / "known.pem").write_bytes(made)
+    return folder / "known.pem"
 
 
 def test_a_file_is_stored_as_it_was_sent_even_if_called_encoded(server: Loopback) -> None:

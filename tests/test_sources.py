@@ -76,6 +76,19 @@ def test_a_cut_file_in_the_cache_is_fetched_anew(server: Loopback) -> None:
     assert sources.fetch(f"{server.url}/data.zip", DIGEST).read_bytes() == DATA
 
 
+def test_a_pinned_file_that_was_changed_in_the_cache_is_fetched_anew(
+    server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = DATA[:-1] + bytes([DATA[-1] ^ 1])
+    kept = sources.fetch(f"{server.url}/data.zip", DIGEST)
+    kept.write_bytes(changed)
+    monkeypatch.setenv("HEADSTART_OFFLINE", "1")
+    assert "as it should be" in refused(f"{server.url}/data.zip", DIGEST).what
+    monkeypatch.delenv("HEADSTART_OFFLINE")
+    assert sources.fetch(f"{server.url}/data.zip", DIGEST).read_bytes() == DATA
+    assert server.downloads("/data.zip") == ["", ""]
+
+
 def test_a_damaged_record_in_the_cache_is_not_trusted(server: Loopback, tmp_path: Path) -> None:
     sources.fetch(f"{server.url}/data.zip", DIGEST)
     (record,) = (tmp_path / "cache").rglob("sha256-*.json")

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 from headstart.errors import HeadstartError
 from headstart.progress import bar
@@ -46,7 +46,8 @@ def redacted(text: str) -> str:
 def safe_name(name: str) -> str:
     """A file name from elsewhere as any disk takes it, its suffix kept."""
     last = name.replace("\\", "/").rpartition("/")[2]
-    return re.sub(r"[^\w.+-]+", "_", last)[-120:].lstrip(".") or "download"
+    named = re.sub(r"[^\w.+-]+", "_", last).encode()[-120:].decode(errors="ignore")  # disks count bytes
+    return named.lstrip(".") or "download"
 
 
 def remove(path: Path) -> None:
@@ -84,7 +85,8 @@ def download(url: str, part: Path, sha256: str | None, **options: Any) -> str:
     ``part``.json says which address and which of its contents the bytes in ``part`` are from.
 
     Raises:
-        HeadstartError: there is nothing to be had, or (transient) trouble on the way lasted.
+        HeadstartError: there is nothing to be had, the way leads from https: to http:, or (transient)
+            trouble on the way lasted.
     """
     import requests
 
@@ -103,7 +105,7 @@ def download(url: str, part: Path, sha256: str | None, **options: Any) -> str:
             "If-Range": before if done and before else None,
         }
         with requests.get(
-            mirrored(url), headers=headers, timeout=TIMEOUT, stream=True, **options
+            mirrored(url), headers=headers, timeout=TIMEOUT, stream=True, hooks=SECURE, **options
         ) as response:
             name, validator = _name_of(url, response), _validator(response)
             span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", ""))
@@ -118,8 +120,8 @@ def download(url: str, part: Path, sha256: str | None, **options: Any) -> str:
                 remove(part)
                 done = 0
             state.write_text(json.dumps({"url": address, "validator": validator}), encoding="utf-8")
-            length = response.headers.get("Content-Length")
-            total = done + int(length) if length else None
+            length = response.headers.get("Content-Length", "")
+            total = done + int(length) if length.isdecimal() else None
             progress = bar(desc=f"downloading {name}", total=total, unit="B", unit_scale=True, initial=done)
             try:
                 with progress, part.open("ab") as file:
@@ -135,6 +137,20 @@ def download(url: str, part: Path, sha256: str | None, **options: Any) -> str:
             return name
 
     return patiently(url, once, lambda: _size(part))
+
+
+def _stays_secure(response: requests.Response, **_: Any) -> None:
+    """Follow no redirect to where anyone on the way may read the address and change what comes."""
+    leads = urljoin(response.url, response.headers.get("Location", ""))
+    if response.is_redirect and urlsplit(response.url).scheme == "https" != urlsplit(leads).scheme:
+        raise HeadstartError(
+            "the server leads from https: to an address without encryption",
+            where=f"{redacted(response.url)} leads to {redacted(leads)}",
+            do="name an https: address that brings the file itself, or the http: one, pinned by its sha256",
+        )
+
+
+SECURE = {"response": _stays_secure}  # for requests
 
 
 def _size(part: Path) -> int:
@@ -187,8 +203,8 @@ def _answer(error: BaseException) -> Any:
 def _seconds(retry_after: str) -> float:
     """A Retry-After header, which is a number or a date, as seconds from now."""
     with contextlib.suppress(ValueError):
-        return float(retry_after)
-    with contextlib.suppress(ValueError):
+        return max(0.0, float(retry_after))  # in this order NaN is 0
+    with contextlib.suppress(ValueError, OverflowError):
         return email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
     return 0.0
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from headstart.downloads import TIMEOUT, download, mirrored, patiently, redacted, safe_name
+from headstart.downloads import SECURE, TIMEOUT, download, mirrored, patiently, redacted, safe_name
 from headstart.errors import HeadstartError
 
 if TYPE_CHECKING:
@@ -173,7 +173,8 @@ class _Pages:
 
         def once() -> requests.Response:
             address = mirrored(url)
-            page = requests.request(method, address, headers=headers, timeout=TIMEOUT, **self.options(url))
+            options = self.options(url) | {"headers": headers, "hooks": SECURE}
+            page = requests.request(method, address, timeout=TIMEOUT, **options)
             page.raise_for_status()
             page.url = page.url if address == url else url  # links count from the original
             return page

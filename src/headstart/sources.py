@@ -78,7 +78,9 @@ def fetch(uri: str, sha256: str | None = None) -> Path:
         if kept := _kept(entry, sha256):
             return kept
         if _offline():
-            what = "this source is not in the cache, and HEADSTART_OFFLINE forbids to fetch it"
+            what = (
+                "this source is not in the cache as it should be, and HEADSTART_OFFLINE forbids to fetch it"
+            )
             where = f"{redacted(uri)}, sha256 {sha256 or 'not pinned'}, in {cache()}"
             do = "fetch it once without HEADSTART_OFFLINE, or copy the cache of a machine that has it"
             raise HeadstartError(what, where, do)
@@ -147,11 +149,12 @@ def address_digest(uri: str) -> str:
 
 
 def _kept(entry: Path, sha256: str | None) -> Path | None:
-    """What the cache holds of a URI, newest first, if it is whole and has the digest."""
+    """What the cache holds of a URI, newest first, if it is whole and has the digest that is pinned."""
     records = sorted(entry.glob(f"sha256-{sha256 or '*'}.json"), key=lambda file: file.stat().st_mtime_ns)
     for about in map(downloads.facts, reversed(records)):
         path: Path = entry / about.get("sha256", "")[:12] / about.get("name", "")
-        if path.exists() and _size(path) == about.get("size"):
+        whole = path.exists() and _size(path) == about.get("size")
+        if whole and (sha256 is None or digest_of(path) == sha256):
             return path
     return None
 
