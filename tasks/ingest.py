@@ -144,7 +144,7 @@ def _origin(recipe: Recipe, layout: Layout) -> dict[str, str | None]:
     }
     if uri.startswith("file:"):
         origin["content"] = _digest(sources.fetch(uri, recipe.ingest.sha256), layout)
-    elif "=" in uri.partition("?")[2]:  # values that are redacted
+    elif "//" in uri and {"?", ";"} & set(uri):  # what follows them is redacted
         origin["address"] = sources.address_digest(uri)
     return origin
 
@@ -156,7 +156,11 @@ def _recorded(layout: Layout) -> dict[str, str | None]:
 
 
 def _same(recorded: dict[str, str | None], origin: dict[str, str | None]) -> bool:
-    """Whether a snapshot is from there; older ones do not say from which query."""
+    """Whether a snapshot is from there; older ones say less of a query, or more."""
+    if said := recorded.get("source"):
+        recorded = recorded | {"source": sources.redacted(said)}
+        if "address" in origin and "***" not in said:
+            recorded["address"] = sources.address_digest(sources.split_fragment(said)[0])
     return recorded == {name: fact for name, fact in origin.items() if name != "address" or name in recorded}
 
 

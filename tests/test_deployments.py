@@ -193,7 +193,7 @@ def test_deploying_twice_leaves_one_of_each(
     assert found["global_concurrency_limit"]["limit"] == 1
     once = automations(server)
     assert [each["name"] for each in once] == ["headstart-notify", "moods__automation_1"]
-    printed = project.ok("headstart", "deploy", "--notify", f"json://{webhook[0]}")
+    printed = project.ok("headstart", "deploy", extra={"HEADSTART_NOTIFY": f"json://{webhook[0]}"})
     assert printed.splitlines() == ["notifications: json://...", "retrain/moods: when asked"]
     assert without_ids(automations(server)) == without_ids(once)
     assert deployment(server)["id"] == found["id"]

@@ -239,6 +239,47 @@ def test_credentials_are_used_and_never_told(
         assert "hidden" not in text
 
 
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("https://h/f?SECRET", "https://h/f?***"),
+        ("https://h/f?a=1&SECRET", "https://h/f?***"),
+        ("https://h/f?a[b]=SECRET#x/y.csv", "https://h/f?***#x/y.csv"),
+        ("https://h/f;id=SECRET/g;SECRET?a=b", "https://h/f;***/g;***?***"),
+        ("https://u:SECRET@h:80/f", "https://***@h:80/f"),
+        ("https://u:p@SECRET@h/f", "https://***@h/f"),
+        ("https://u:p/SECRET@h/f", "https://***@h/f"),
+        ("https://u:/SECRET@h/f", "https://u:/SECRET@h/f"),  # an empty port and a path
+        ("https://h/f?sig=AB'SECRET", "https://h/f?***"),
+        ("s3://SECRET:SECRET@b/x", "s3://***@b/x"),
+        ("postgresql+psycopg://u:SECRET@h/db?password=SECRET", "postgresql+psycopg://***@h/db?***"),
+    ],
+)
+def test_whatever_may_be_secret_in_an_address_is_told_to_nobody(address: str, told: str) -> None:
+    for before, behind in (("", ""), ("fetch: {source: '", "', sha256: 1}"), ("see <", ">."), ('"', '","a"')):
+        said = downloads.redacted(before + address + behind)
+        assert said == before + told + behind
+        assert downloads.redacted(said) == said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://h:8080/npm/@scope/package@1.0/f.zip#a;b/c",
+        "pip:vaderSentiment==3.3.2?sdist#vaderSentiment-3.3.2/additional_resources",
+        f"hf:google-bert/bert-base-uncased@{'8' * 40}",
+        "is it https://h/f? or file:what?.csv; who knows",
+    ],
+)
+def test_what_is_no_secret_stays_legible(text: str) -> None:
+    assert downloads.redacted(text) == text
+
+
+def test_a_query_without_its_address_is_told_to_nobody_either() -> None:
+    told = downloads.redacted("Max retries exceeded with url: '/f?a[b]=SECRET&c=SECRET', no route")
+    assert told == "Max retries exceeded with url: '/f?a[b]=***&c=***', no route"
+
+
 def test_a_file_is_named_by_the_server_if_its_address_does_not(server: Loopback) -> None:
     server.files["/download"] = server.files["/get/7"] = DATA
     server.headers["/download"] = {"Content-Disposition": 'attachment; filename="../../photos 1.tar.gz"'}

@@ -174,10 +174,21 @@ def test_another_query_is_another_source_and_its_values_are_told_to_nobody(proje
         assert brought("month=02&key=secret") == "ran"
         origin = layout.raw / ".source.json"
         assert "secret" not in origin.read_text()
-        older = json.loads(origin.read_text())
-        del older["address"]  # an older version did not keep it
-        origin.write_text(json.dumps(older))
+        now = json.loads(origin.read_text())
+        older = {name: fact for name, fact in now.items() if name != "address"}
+        origin.write_text(json.dumps(older))  # an older version did not keep it
         assert brought("month=02&key=secret") == "fresh"
+        origin.write_text(
+            json.dumps(now | {"source": f"{server.url}/moods.csv?month=***&key=***"})
+        )  # or more
+        assert brought("month=02&key=secret") == "fresh"
+        assert brought("secret1") == "ran"
+        assert "secret1" not in origin.read_text()
+        assert brought("secret2") == "ran"
+        plain = {"source": f"{server.url}/moods.csv?v2", "sha256": None}  # or told what had no name
+        origin.write_text(json.dumps(plain))
+        assert brought("v2") == "fresh"
+        assert brought("v3") == "ran"
 
 
 def test_splits_are_kept_of_rows_that_are_missing_today(tmp_path: Path) -> None:

@@ -462,7 +462,12 @@ def up(
 @app.command()
 def deploy(
     notify: Annotated[
-        str, typer.Option(help="Whom to tell of decisions and failures: an Apprise address, or a webhook.")
+        str,
+        typer.Option(
+            envvar="HEADSTART_NOTIFY",
+            help="Whom to tell of decisions and failures: an Apprise address, or a webhook. A password in it "
+            "is better kept in the variable HEADSTART_NOTIFY: the list of processes shows options to all.",
+        ),
     ] = "",
 ) -> None:
     """Set up what prefect.yaml describes on the configured Prefect server; as often as you like."""

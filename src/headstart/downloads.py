@@ -38,9 +38,22 @@ RETRIED = {408, 425, 429}  # besides 5xx
 MIRRORS = "set HEADSTART_MIRRORS"
 
 
+# An address in a text; what a sentence or a quotation puts behind it is none of it.
+ADDRESS = re.compile(r"//[^\s\"<>]*[^\s\"<>'`)\]},;.]")
+# A login, even with a slash in its password: no port has letters.
+LOGIN = re.compile(r"//(?:[^/\s]*|[^/:\s]*:(?!\d*/)\S*)@")
+# In a text that leaves out the start of an address, as errors of web clients do.
+VALUE = re.compile(r"([?&][^\s=&#?]+=)[^\s&#\"]*[^\s&#\"'`)\]},;.]")
+
+
 def redacted(text: str) -> str:
-    """Text without the credentials that addresses in it may carry: before the ``@``, or in the query."""
-    return re.sub(r"([?&][\w.~%-]+=)[^&\s#'\"]+", r"\1***", re.sub(r"//[^/\s]*@", "//***@", text))
+    """Text without what may be secret in the addresses in it: before the ``@``, and after ``?`` or ``;``."""
+    return VALUE.sub(r"\1***", ADDRESS.sub(_bare, text))
+
+
+def _bare(address: re.Match[str]) -> str:
+    place, mark, member = LOGIN.sub("//***@", address[0], count=1).partition("#")
+    return re.sub(r";[^/?]+", ";***", re.sub(r"\?.+", "?***", place)) + mark + member
 
 
 def safe_name(name: str) -> str:
