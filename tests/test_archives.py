@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import stat
 import tarfile
 import zipfile
@@ -294,6 +295,30 @@ def test_names_that_cannot_be_files_together_are_an_error(tmp_path: Path, folder
         archives.place(long, None, folder)
 
 
+@pytest.mark.parametrize(
+    "pair", [("Cat/1.jpg", "cat/2.jpg"), ("cat/A.jpg", "cat/a.jpg")], ids=["folders", "files"]
+)
+def test_what_is_one_name_on_this_disk_is_an_error_and_not_one_file_fewer(
+    pair: tuple[str, str], tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
+        for member in pair:
+            archive.writestr(member, member)
+    archives.place(tmp_path / "pets.zip", None, folder)
+    assert sum(path.is_file() for path in folder.rglob("*")) == 2  # of a disk that tells them apart
+    shutil.rmtree(folder)
+    folder.mkdir()
+    exists = Path.exists
+
+    def folded(path: Path) -> bool:
+        beside = path.parent.iterdir() if exists(path.parent) else ()
+        return path.name.casefold() in {other.name.casefold() for other in beside}
+
+    monkeypatch.setattr(Path, "exists", folded)
+    with pytest.raises(HeadstartError, match="differ in capitals or accents alone"):
+        archives.place(tmp_path / "pets.zip", None, folder)
+
+
 @pytest.mark.parametrize("name", ["Äpfel/1.jpg", "日本/1.jpg"])
 def test_names_in_a_zip_may_be_utf_8_without_the_flag_that_says_so(
     name: str, tmp_path: Path, folder: Path
@@ -347,6 +372,7 @@ def test_a_link_in_a_folder_of_ones_own_is_followed_and_a_broken_one_named(
     archives.place(tmp_path / "mine", None, folder)
     assert held(folder) == {"link": b"1"}
     assert not (folder / "link").is_symlink()
+    (folder / "link").unlink()
     (tmp_path / "mine/lost").symlink_to(tmp_path / "nowhere")
     text = refused(tmp_path / "mine", None, folder)
     assert "the folder holds a broken link" in text

@@ -1093,6 +1093,13 @@ def test_rows_alone_decide_about_torch_compile_unless_the_recipe_does(
     assert bool(asked) == expected
 
 
+def test_on_apples_gpus_nothing_is_compiled_of_its_own_accord(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = 10**12
+    assert features.compile_from("image") < features.compile_from("text") < most
+    monkeypatch.setattr(devices, "device", lambda: torch.device("mps"))
+    assert min(features.compile_from("image"), features.compile_from("text")) > most
+
+
 def test_without_a_compiler_the_network_runs_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -123,7 +123,7 @@ def _unpack(
     """Walk the container once, writing what is ``wanted`` or lies below it."""
     placed, found = folder, not wanted
     packed = path.stat().st_size if path.is_file() and is_archive(path.name) else None
-    before, names = spent.size, set[str]()
+    before, names, made = spent.size, set[str](), {folder}
     with _damage_named(path):
         for name, entry in _entries(path, links):
             names.add(name)
@@ -152,6 +152,7 @@ def _unpack(
             elif name == wanted or (packed is None and path.is_file()):
                 placed = target
             if target != entry.path:
+                _distinct(target, made, path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with target.open("wb") as file:
                     for piece in _pieces(entry):
@@ -164,6 +165,20 @@ def _unpack(
     if not found:
         raise _missing(wanted, names, path)
     return placed
+
+
+def _distinct(target: Path, made: set[Path], path: Path) -> None:
+    """Note a file and the folders above it; on disks as of macOS and Windows ``Cat`` would be ``cat``."""
+    for each in (target, *target.parents):
+        if each in made:
+            break
+        if each.exists():
+            raise HeadstartError(
+                "two names differ in capitals or accents alone, and are one name on this disk",
+                where=f"{path}: {each.name}",
+                do="rename one of them, or unpack on a disk that tells them apart",
+            )
+        made.add(each)
 
 
 def _entries(path: Path, links: bool) -> Iterator[tuple[str, Entry]]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from difflib import get_close_matches
 from functools import partial
-from math import ceil, prod
+from math import ceil, inf, prod
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
@@ -390,7 +390,7 @@ def features(recipe: Recipe, layout: Layout) -> None:
     devices.keep_memory()
     table, items, digest = _rows(recipe, layout)
     wanted = recipe.features.compile
-    compiled = len(items) >= COMPILE_FROM[recipe.modality] if wanted is None else wanted
+    compiled = len(items) >= compile_from(recipe.modality) if wanted is None else wanted
     # Rows that come later must not change how those of before are computed.
     first = np.flatnonzero(table["batch"] == "")
     if not len(first):
@@ -666,6 +666,15 @@ def _filled(array: NDArray[Any], rows: int) -> NDArray[Any]:
     """The array with its last row repeated until there are at least so many."""
     short = rows - len(array)
     return np.concatenate([array, np.repeat(array[-1:], short, axis=0)]) if short > 0 else array
+
+
+def compile_from(modality: str) -> float:
+    """Rows from which on torch.compile repays its start.
+
+    On Apple's GPUs it has computed something else without a word (issues 169738 and 170360 of PyTorch): there
+    it takes a recipe that asks for it.
+    """
+    return inf if devices.device().type == "mps" else COMPILE_FROM[modality]
 
 
 def foldable(network: nn.Module, layers: Sequence[str] | None) -> bool:

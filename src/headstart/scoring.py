@@ -167,9 +167,9 @@ def scored(version: Version, sources: Sequence[Source], chunk: int) -> Iterator[
     How many rows there are is not known beforehand. So a network is compiled after as many as would have
     repaid it, which never takes much more than twice as long as the better of the two.
     """
-    from headstart.features import COMPILE_FROM
+    from headstart.features import compile_from
 
-    model, seen, pays = version.model, 0, COMPILE_FROM[version.model.modality]
+    model, seen, pays = version.model, 0, compile_from(version.model.modality)
     allowed = model.extractor.options.compile is not False
     schema = _schema(sources, model.classes)
     for source in sources:
