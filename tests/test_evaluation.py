@@ -141,6 +141,14 @@ def test_what_cannot_be_known_is_null_and_a_dash(tmp_path: Path) -> None:
     assert "AUROC - on 200 rows" in headline(metrics(layout))
 
 
+def test_the_page_says_why_auroc_of_very_many_classes_has_no_interval(tmp_path: Path) -> None:
+    layout = write(tmp_path, classes=tuple(f"class {i}" for i in range(60)))
+    evaluate(cached.recipe(), layout)
+    page = (layout.evidence / "summary.md").read_text()
+    assert "AUROC of more than 50 classes is given without an interval" in page
+    assert metrics(layout)["test"]["auroc"]["value"] is not None
+
+
 def test_one_line_says_how_good_the_model_is() -> None:
     def measured(value: float, low: float, high: float) -> dict[str, float]:
         return {"value": value, "low": low, "high": high}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from headstart import trials
+from headstart import metrics, trials
 from headstart.gate import Answers, Judged, Verdict, fewest_groups, judge, mcnemar
 from headstart.recipe import Promote
 
@@ -114,6 +114,14 @@ def test_better_means_the_metric_of_the_recipe(metric: str) -> None:
     verdict = judge(judged, *both, Promote(metric=metric))  # type: ignore[arg-type]
     assert verdict.promoted
     assert any(reason.startswith(metric) and "against" in reason for reason in verdict.reasons)
+
+
+def test_a_verdict_on_accuracy_ranks_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a thousand classes that takes minutes."""
+    monkeypatch.setattr(metrics._Ranking, "of", None)
+    judged = rows(domains=2)
+    both = (answers(judged.truth, right) for right in pair(400, 40, 8, 300))
+    assert judge(judged, *both, Promote(no_domain_worse_than=0.5)).promoted
 
 
 def test_a_model_that_ruins_one_domain_is_refused_by_name() -> None:

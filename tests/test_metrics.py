@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from headstart.metrics import METRICS, cross_entropy, gains, intervals, scores
+from headstart import metrics
+from headstart.metrics import METRICS, MOST_RANKED, cross_entropy, gains, intervals, scores
 
 
 def predictions(n: int, k: int, seed: int = 0, skill: float = 1.0) -> tuple[Any, Any]:
@@ -138,6 +139,24 @@ def test_rows_that_resemble_each_other_give_wider_intervals_than_independent_row
         return found["high"] - found["low"]
 
     assert width(np.repeat(np.arange(40), 25)) > 3 * width(np.arange(1000))
+
+
+def test_rows_are_ranked_only_for_a_metric_that_needs_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth, p = predictions(60, 4)
+    told = scores(truth, p)
+    monkeypatch.setattr(metrics._Ranking, "of", None)
+    wanted = [metric for metric in METRICS if metric != "auroc"]
+    assert scores(truth, p, wanted=wanted) == {metric: told[metric] for metric in wanted}
+    assert set(gains(truth, p, p[::-1], np.arange(60), wanted=["accuracy"], resamples=5)) == {"accuracy"}
+
+
+def test_auroc_of_very_many_classes_is_measured_and_not_resampled() -> None:
+    for classes, known in ((MOST_RANKED, True), (MOST_RANKED + 1, False)):
+        truth, p = predictions(300, classes)
+        found = intervals(truth, p, np.arange(300), resamples=20)
+        assert found["auroc"]["value"] == pytest.approx(scores(truth, p)["auroc"])
+        assert (found["auroc"]["low"] is not None) == (found["auroc"]["high"] is not None) == known
+        assert all(found[metric]["low"] is not None for metric in METRICS if metric != "auroc")
 
 
 def test_one_group_says_nothing_about_others() -> None:

@@ -160,7 +160,7 @@ def _best_factor(truth: Ints, probabilities: Floats, factors: Floats, place: int
         each = factors.copy()
         each[place] = factor
         named = Decision.weighed(each).named(probabilities)
-        values.append(scores(truth, probabilities, named=named)[metric])
+        values.append(scores(truth, probabilities, named=named, wanted=[metric])[metric])
     best = np.flatnonzero(np.array(values) >= max(values) - 1e-12)
     stretches = np.split(best, np.flatnonzero(np.diff(best) > 1) + 1)
     widest = max(stretches, key=len)

@@ -18,7 +18,7 @@ import pandas as pd
 from headstart.calibration import Decision
 from headstart.errors import HeadstartError, unmade
 from headstart.layout import HIDDEN, Layout, written_whole
-from headstart.metrics import METRICS, Floats, calibration_bins, intervals
+from headstart.metrics import METRICS, MOST_RANKED, Floats, calibration_bins, intervals
 from headstart.recipe import Evaluate, Recipe
 
 DIGITS = 6  # more would differ between processors
@@ -42,7 +42,7 @@ def evaluate(recipe: Recipe, layout: Layout) -> None:
     """Write ``evidence/R/`` from ``model/R/``.
 
     Memory: a few times the predictions. Time: about 20 s per million rows and thousand resamples with
-    two classes, and that again for each further class.
+    two classes, and that again for each further class up to ``MOST_RANKED``; of more, AUROC has no interval.
 
     Raises:
         HeadstartError: there are no predictions, or they are not of the model beside them.
@@ -274,6 +274,8 @@ def _summary(
         "- Validation rows chose the regularisation, so their numbers flatter slightly. The test rows chose "
         "nothing.",
     ]
+    if len(classes) > MOST_RANKED:
+        lines.append(f"- AUROC of more than {MOST_RANKED} classes is given without an interval.")
     if few := [name for name, m in _measured(metrics) if m["groups"] < FEW_GROUPS]:
         lines.append(
             f"- Fewer than {FEW_GROUPS} groups: {', '.join(few)}. Their intervals are rough; more groups, "

@@ -29,7 +29,7 @@ from headstart import activations, alignment, augmentation, devices, launching, 
 from headstart.activations import SWEEP, Activations
 from headstart.errors import HeadstartError
 from headstart.heads import Singles
-from headstart.metrics import Floats, Ints, gains, scores
+from headstart.metrics import LOWER_IS_BETTER, Floats, Ints, gains, scores
 from headstart.progress import bar
 from headstart.recipe import Train
 
@@ -44,7 +44,6 @@ SHARE_OF_TIME = 0.05  # that checkpoints may take
 NAMED_WEIGHT = 0.3  # of the classes that rows are given by their centres; that of Liang et al. 2020
 TOKENS_DROPPED = 0.15  # of a text that is changed much
 TRIAL = 8  # rows that show whether a network runs without its frozen layers
-LOWER_IS_BETTER = {"log_loss"}
 BAD_ROWS = "bad_rows.csv"
 log = logging.getLogger(__name__)
 
@@ -521,7 +520,7 @@ class Tuning:
         self._load(judged)
         final = self.probabilities(self.val_rows)
         truth, groups = self.labels.truth[self.val_rows], np.asarray(self.labels.groups)[self.val_rows]
-        gained = gains(truth, chosen, final, groups, resamples=RESAMPLES)[wanted]
+        gained = gains(truth, chosen, final, groups, wanted=[wanted], resamples=RESAMPLES)[wanted]
         won = gained < 0 if wanted in LOWER_IS_BETTER else gained > 0
         share = float(won.mean())
         if share < SURE:

@@ -144,7 +144,7 @@ def mcnemar(wins: int, losses: int) -> float:
 
 
 def _score(truth: Ints, answers: Answers, metric: str) -> float | None:
-    value = scores(truth, answers.probabilities, named=answers.named)[metric]
+    value = scores(truth, answers.probabilities, named=answers.named, wanted=[metric])[metric]
     return value if np.isfinite(value) else None
 
 

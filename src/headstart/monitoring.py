@@ -37,7 +37,7 @@ from headstart.drift import Drift, Side
 from headstart.errors import HeadstartError
 from headstart.evaluation import positions
 from headstart.layout import HIDDEN, Layout, unwritable_named
-from headstart.metrics import METRICS, intervals
+from headstart.metrics import LOWER_IS_BETTER, METRICS, intervals
 from headstart.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Monitored:
             low, high = recent["low"], recent["high"]
             if test is None or low is None or high is None:
                 continue
-            if low > test if metric in {"log_loss", "ece"} else high < test:
+            if low > test if metric in LOWER_IS_BETTER else high < test:
                 found.append(metric)
         return found
 
