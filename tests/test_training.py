@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -11,11 +12,12 @@ import pandas as pd
 import pytest
 import yaml
 
-from headstart import adaptation, domains, stamps
+from headstart import adaptation, domains, heads, stamps
 from headstart.errors import HeadstartError
 from headstart.evaluation import evaluate
-from headstart.examples import class_factors, soft_targets
-from headstart.heads import Head
+from headstart.examples import Examples, SoftTargets, class_factors, soft_targets
+from headstart.fitting import fit_rows
+from headstart.heads import Head, fit
 from headstart.layout import Layout, sha256_of
 from headstart.training import train
 from tests import cached
@@ -104,6 +106,40 @@ def test_validation_labels_do_choose(tmp_path: Path) -> None:
 def test_doubt_is_spread_over_the_other_classes() -> None:
     targets = soft_targets(np.array([0, 2]), np.array([1.0, 0.7]), 4)
     assert targets == pytest.approx(np.array([[1, 0, 0, 0], [0.1, 0.1, 0.7, 0.1]]))
+
+
+def test_a_head_is_fitted_without_room_for_rows_times_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, k = 4000, 200
+    chance, truth = np.random.default_rng(0), np.arange(n) % k
+    table = pd.DataFrame(
+        {
+            "id": [str(i) for i in range(n)],
+            "split": np.where(np.arange(n) < 3000, "train", "val"),
+            "confidence": chance.choice([1.0, 0.8], n),
+            "weight": 1.0,
+        }
+    )
+    features = chance.normal(size=(n, 8)).astype(np.float16)
+    examples = Examples(table, features, [str(c) for c in range(k)], truth)
+    monkeypatch.setattr(heads, "BLOCK_BYTES", 1 << 16)
+    choices = cached.recipe(train={"l2": [1.0]}).train
+    tracemalloc.start()
+    fit_rows(examples, choices, examples.rows("train"), examples.rows("val"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < n * k * 8
+
+
+def test_targets_made_block_by_block_teach_what_an_array_of_them_teaches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(heads, "BLOCK_BYTES", 1 << 12)
+    chance, truth = np.random.default_rng(0), np.arange(300) % 3
+    features = chance.normal(size=(300, 8)).astype(np.float16)
+    confidence, weights = chance.choice([1.0, 0.8], 300), chance.choice([1.0, 2.0], 300)
+    whole = fit(features, soft_targets(truth, confidence, 3), weights, 0.1)
+    made = fit(features, SoftTargets(truth, confidence, 3), weights, 0.1)
+    assert all(np.array_equal(array, vars(made)[name]) for name, array in vars(whole).items())
 
 
 def test_balanced_classes_weigh_the_same(tmp_path: Path) -> None:

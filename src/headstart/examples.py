@@ -107,15 +107,39 @@ def load(recipe: Recipe, layout: Layout) -> Examples:
     return Examples(manifest, features, classes, truth)
 
 
-def labels(examples: Examples, choices: Train, train: Rows) -> tuple[Floats, Floats]:
-    """Targets float64 [n, k] and weights float64 [n] of every row."""
+@dataclass(frozen=True)
+class SoftTargets:
+    """What rows should be, as distributions that are spread out over the classes only where they are read.
+
+    As one array, those of 3 million rows and 1,000 classes would take 24 GB.
+    """
+
+    truth: Ints  # [n]
+    confidence: Floats  # [n]
+    classes: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and classes."""
+        return len(self.truth), self.classes
+
+    def __getitem__(self, rows: slice | Rows) -> Floats:
+        return soft_targets(self.truth[rows], self.confidence[rows], self.classes)
+
+    def of(self, rows: Rows) -> SoftTargets:
+        """Those of some rows."""
+        return replace(self, truth=self.truth[rows], confidence=self.confidence[rows])
+
+
+def labels(examples: Examples, choices: Train, train: Rows) -> tuple[SoftTargets, Floats]:
+    """Targets [n, k] and weights float64 [n] of every row."""
     k = len(examples.classes)
     confidence = examples.manifest["confidence"].to_numpy(np.float64)
     weights = examples.manifest["weight"].to_numpy(np.float64)
     if choices.class_weight == "balanced":
         # Factors of the training rows for all, so that validation judges by what training minimises.
         weights = weights * class_factors(examples.truth[train], weights[train], k)[examples.truth]
-    return soft_targets(examples.truth, confidence, k), weights
+    return SoftTargets(examples.truth, confidence, k), weights
 
 
 def check(examples: Examples, train: Rows, val: Rows) -> None:

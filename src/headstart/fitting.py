@@ -95,14 +95,14 @@ def fit_rows(
 ) -> tuple[Head, float, list[dict[str, float]]]:
     """The head fitted on the rows ``train`` with the penalty that the rows ``val`` choose; see ``select``.
 
-    Memory: the float16 features of these rows, and at most 1 GiB for working copies.
+    Memory: the float16 features of these rows, and at most 1 GiB for working copies, however many classes.
 
     Raises:
         HeadstartError: a class has no rows to learn from, no row to choose by, or features not finite.
     """
     check(examples, train, val)
     targets, weights = labels(examples, choices, train)
-    parts = [(finite(examples, rows), targets[rows], weights[rows]) for rows in (train, val)]
+    parts = [(finite(examples, rows), targets.of(rows), weights[rows]) for rows in (train, val)]
     return select(parts[0], parts[1], choices.l2)
 
 
@@ -158,7 +158,7 @@ def tuning_of(  # noqa: PLR0917  # as ``begin``, and the head
         packs.load(layout, recipe.modality, classifier.padding),
         Labels(
             examples.truth,
-            targets,
+            targets[:],
             weights,
             examples.manifest["id"].tolist(),
             examples.manifest["group"].tolist(),

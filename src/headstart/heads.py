@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.metrics import Floats, cross_entropy
+from headstart.metrics import Floats, cross_entropies
 
 Singles = NDArray[np.float32]
 Features = NDArray[np.floating[Any]]
@@ -22,6 +22,17 @@ Features = NDArray[np.floating[Any]]
 BLOCK_BYTES = 16 << 20  # of float32; large enough for fast products, small enough for any machine
 DEAD = 0.01  # a deviation below this share of the median is noise
 KEEP_BYTES = 1 << 30  # standardised features are kept in memory up to this size, else made anew each pass
+
+
+class Targets(Protocol):
+    """Float64 [n, k], each row a distribution over the classes: an array, or what makes its blocks."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows, and classes."""
+        ...
+
+    def __getitem__(self, rows: slice, /) -> Floats: ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class Head:
         if x.ndim != 2 or x.shape[1] != len(self.mean):
             raise ValueError(f"features of shape {x.shape} do not fit a head of {len(self.mean)} dimensions")
         result = np.empty((len(x), len(self.bias)))
-        for rows in row_blocks(x.shape):
+        for rows in row_blocks((len(x), max(self.weight.shape))):
             result[rows] = standardised(x[rows], self.mean, self.scale) @ self.weight.T + self.bias
         return result
 
@@ -65,7 +76,7 @@ class Head:
         return cls(**load_file(path))
 
 
-def fit(features: Features, targets: Floats, weights: Floats, l2: float, start: Head | None = None) -> Head:
+def fit(features: Features, targets: Targets, weights: Floats, l2: float, start: Head | None = None) -> Head:
     """The head that minimises weighted cross-entropy plus ``l2 / 2`` times the squared weights.
 
     The weights are scaled to sum to 1, so the loss is a mean and ``l2`` means the same for any number of
@@ -88,8 +99,8 @@ def fit(features: Features, targets: Floats, weights: Floats, l2: float, start: 
 
 
 def select(
-    train: tuple[Features, Floats, Floats],
-    val: tuple[Features, Floats, Floats],
+    train: tuple[Features, Targets, Floats],
+    val: tuple[Features, Targets, Floats],
     l2: Iterable[float],
 ) -> tuple[Head, float, list[dict[str, float]]]:
     """The head whose penalty gives the lowest validation log-loss, of all penalties in ``l2``.
@@ -111,7 +122,7 @@ def select(
     best: Head | None = None
     lowest = np.inf
     for penalty, head in zip(penalties, _path(*train, penalties), strict=True):
-        losses = [cross_entropy(t, head.probabilities(x), w) for x, t, w in (train, val)]
+        losses = [_log_loss(head, *rows) for rows in (train, val)]
         table.append({"l2": penalty, "train_log_loss": losses[0], "val_log_loss": losses[1]})
         if losses[1] < lowest:
             best, lowest, chosen = head, losses[1], penalty
@@ -120,9 +131,17 @@ def select(
     return best, chosen, table
 
 
+def _log_loss(head: Head, features: Features, targets: Targets, weights: Floats) -> float:
+    """Weighted mean, in memory that does not grow with the classes."""
+    each = np.empty(len(features))
+    for rows in row_blocks((len(features), max(head.weight.shape))):
+        each[rows] = cross_entropies(targets[rows], head.probabilities(features[rows]))
+    return float(weights @ each / weights.sum())
+
+
 def _path(
     features: Features,
-    targets: Floats,
+    targets: Targets,
     weights: Floats,
     penalties: Sequence[float],
     start: Head | None = None,
@@ -134,7 +153,7 @@ def _path(
     k, d = targets.shape[1], features.shape[1]
     shares = weights / weights.sum()
     mean, scale = moments(features, shares)
-    blocks = _Standardised(features, mean, scale)
+    blocks = _Standardised(features, mean, scale, max(k, d))
     spread, axes = _curvature(blocks, shares, d)
 
     def loss(flat: Floats, penalty: float, stretch: Floats) -> tuple[float, Floats]:
@@ -144,9 +163,9 @@ def _path(
         value = penalty / 2 * float(np.square(weight).sum())
         slope, slope_bias = penalty * weight, np.zeros(k)
         for rows, x in blocks:
-            logs = log_softmax((x @ single).astype(np.float64) + bias)
-            value -= float(shares[rows] @ (targets[rows] * logs).sum(axis=1))
-            error = (np.exp(logs) - targets[rows]) * shares[rows, None]
+            logs, wanted = log_softmax((x @ single).astype(np.float64) + bias), targets[rows]
+            value -= float(shares[rows] @ (wanted * logs).sum(axis=1))
+            error = (np.exp(logs) - wanted) * shares[rows, None]
             slope += error.astype(np.float32).T @ x
             slope_bias += error.sum(axis=0)
         return value, np.concatenate([((slope @ axes) * stretch).ravel(), slope_bias])
@@ -170,10 +189,13 @@ def _path(
 
 
 class _Standardised:
-    """The features as standardised float32 blocks, to walk over again and again."""
+    """The features as standardised float32 blocks, to walk over again and again.
 
-    def __init__(self, features: Features, mean: Singles, scale: Singles) -> None:
-        self.features, self.mean, self.scale = features, mean, scale
+    ``widest``: columns of what is made of a block, which must fit into memory as the block does.
+    """
+
+    def __init__(self, features: Features, mean: Singles, scale: Singles, widest: int) -> None:
+        self.features, self.mean, self.scale, self.widest = features, mean, scale, widest
         small = features.size * 4 <= KEEP_BYTES
         self.kept = list(self._made()) if small else None
 
@@ -181,7 +203,7 @@ class _Standardised:
         return iter(self.kept) if self.kept is not None else self._made()
 
     def _made(self) -> Iterator[tuple[slice, Singles]]:
-        for rows in row_blocks(self.features.shape):
+        for rows in row_blocks((len(self.features), self.widest)):
             yield rows, standardised(self.features[rows], self.mean, self.scale)
 
 
@@ -243,10 +265,11 @@ def log_softmax(logits: Floats) -> Floats:
     return result
 
 
-def check(features: Features, targets: Floats, weights: Floats, penalties: Sequence[float]) -> None:
+def check(features: Features, targets: Targets, weights: Floats, penalties: Sequence[float]) -> None:
     """Raise ValueError if anything does not fit."""
     n = len(features)
-    if n == 0 or features.ndim != 2 or targets.ndim != 2 or len(targets) != n or weights.shape != (n,):
+    fits = len(targets.shape) == 2 and targets.shape[0] == n and weights.shape == (n,)
+    if n == 0 or features.ndim != 2 or not fits:
         raise ValueError(
             f"features {features.shape}, targets {targets.shape}, weights {weights.shape} do not fit"
         )

@@ -184,16 +184,15 @@ def resampled(groups: NDArray[Any], resamples: int, chance: np.random.Generator)
         yield times[group_of].astype(np.float64)
 
 
-def cross_entropy(targets: Floats, probabilities: Floats, weights: Floats) -> float:
-    """Weighted mean cross-entropy in nats against soft targets.
+def cross_entropies(targets: Floats, probabilities: Floats) -> Floats:
+    """Cross-entropy of each row in nats against soft targets, float64[n].
 
     Args:
         targets: float64[n, k], rows that sum to 1.
         probabilities: float64[n, k].
-        weights: float64[n], with a positive sum.
     """
-    each = -(targets * np.log(np.clip(probabilities, TINY, 1))).sum(axis=1)
-    return float(weights @ each / weights.sum())
+    each: Floats = -(targets * np.log(np.clip(probabilities, TINY, 1))).sum(axis=1)
+    return each
 
 
 def calibration_bins(confidence: Floats) -> Ints:
