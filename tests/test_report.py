@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -69,6 +70,18 @@ def test_an_axis_of_equal_values_has_ticks_that_differ(values: list[float]) -> N
     assert len({words for _, words in axis.ticks}) == len(axis.ticks) > 2
     assert 0.2 < axis.share(values[0]) < 0.8
     assert 0.1 < (axis.high - axis.low) / abs(values[0] or 1) < 3
+
+
+def test_rows_of_many_classes_in_many_domains_are_counted_in_totals() -> None:
+    classes, domains = (names.ravel() for names in np.meshgrid(np.arange(1000), np.arange(200)))
+    rows = pd.DataFrame({"class": classes, "domain": domains, "split": "train"})
+    rows = pd.concat([rows, rows[rows["class"] >= 990].assign(split="test")])
+    by_class, by_domain = report._counted(rows)
+    assert by_class["title"] == "Rows per class and split"
+    assert by_class["of_all"] == f", of the {report.MOST_LINES} largest of 1,000"
+    assert by_class["lines"][-1] == [999, 200, 0, 200]
+    assert by_domain["of_all"] == "" and len(by_domain["lines"]) == 200
+    assert by_domain["lines"][0] == [0, 1000, 0, 10]
 
 
 @pytest.fixture(scope="module")
@@ -432,6 +445,17 @@ def test_a_model_that_abstains_says_how_often_it_answers(
     likeliest = rows.loc[rows["split"] == "test"].filter(like="p:").max(axis=1)
     with opened(browser, report.write(*changed).as_uri()) as page:
         assert f"it answers {(likeliest >= 0.5).mean():.0%} of the test rows" in words(page, "#decision")
+
+
+@pytest.mark.slow
+def test_a_long_list_of_rows_says_what_is_left_out(
+    changed: tuple[Recipe, Layout], browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "MOST_LINES", 2)
+    with opened(browser, report.write(*changed).as_uri()) as page:
+        said = words(page, "#data")
+    assert "Rows per class and split, of the 2 largest of 3" in said and "all together 216 72 72" in said
+    assert "Rows per domain and split" in said and "Rows per class, domain and split" not in said
 
 
 @pytest.mark.slow

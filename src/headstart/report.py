@@ -40,7 +40,9 @@ THUMBNAIL = 256  # pixels a side
 MOST_CURVES = 8  # more than a reader can tell apart
 MOST_CLASSES = 30  # in a confusion matrix; of more, the commonest confusions are listed
 MOST_ROWS = 20  # shown of a table that only gives examples
+MOST_LINES = 300  # of a table that counts rows; of more, the totals, and the largest of these
 POINTS = 120  # of a curve
+SPLITS = ["train", "val", "test"]
 STEPS = [1, 2, 2.5, 5, 10]  # between ticks, times a power of ten
 NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -741,17 +743,29 @@ def _data(said: _Said, layout: Layout) -> dict[str, Any]:
     known = dict(zip(aside["id"], aside["label"], strict=True))
     hidden = rows["label"] == HIDDEN
     rows.loc[hidden, "label"] = [known.get(name, "not known") for name in rows.loc[hidden, "id"]]
-    table = pd.crosstab([rows["label"], rows["domain"]], rows["split"])
-    splits = ["train", "val", "test"]
-    table = table.reindex(columns=splits, fill_value=0)
     mended = pd.read_parquet(layout.manifest / "repaired.parquet")
     return {
-        "splits": splits,
-        "lines": [(*index, *map(int, line)) for index, *line in table.itertuples()],
-        "total": [int(table[split].sum()) for split in splits],
+        "splits": SPLITS,
+        "counted": _counted(rows.rename(columns={"label": "class"})),
+        "total": [int((rows["split"] == split).sum()) for split in SPLITS],
         "report": json.loads((layout.manifest / "report.json").read_text(encoding="utf-8")),
         "repaired": mended[["id", "before", "after"]].head(MOST_ROWS).values.tolist(),
     }
+
+
+def _counted(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows by class, domain and split; by class and by domain alone where that is too long to read."""
+    many = len(rows[["class", "domain"]].drop_duplicates()) > MOST_LINES
+    tables = []
+    for by in [["class"], ["domain"]] if many else [["class", "domain"]]:
+        counts = rows.groupby([*by, "split"]).size().unstack(fill_value=0)
+        counts = counts.reindex(columns=SPLITS, fill_value=0)
+        largest = counts.sum(axis=1).nlargest(MOST_LINES).index
+        lines = counts[counts.index.isin(largest)].reset_index()
+        of_all = f", of the {len(lines)} largest of {len(counts):,}" if len(lines) < len(counts) else ""
+        title = f"Rows per {', '.join(by)} and split"
+        tables.append({"by": by, "title": title, "of_all": of_all, "lines": lines.to_numpy().tolist()})
+    return tables
 
 
 def _lineage(recipe: Recipe, layout: Layout, model: dict[str, Any]) -> dict[str, Any]:
