@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import io
 import random
+import tracemalloc
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
+from headstart import duplicates
 from headstart.duplicates import SAME_PICTURE, exact, merge, near_pictures, near_texts, normalised
 
 WORDS = [f"word{i}" for i in range(400)]
@@ -157,3 +159,13 @@ def test_groups_that_a_pair_ties_become_one_named_after_the_first() -> None:
     merged = merge(groups, np.array([[0, 1], [1, 2]]))
     assert merged.to_dict() == {9: "b", 8: "b", 7: "b", 6: "a", 5: "b"}
     assert merge(groups, np.empty((0, 2), int)).to_list() == groups.to_list()
+
+
+def test_rows_are_compared_with_one_neighbour_after_the_other_in_memory_that_stays_flat() -> None:
+    keys = np.zeros(100_000, np.int64)
+    tracemalloc.start()
+    steps = sum(len(first) == len(second) for first, second in duplicates._neighbours(keys))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert steps == duplicates.NEIGHBOURS
+    assert peak < 8 * keys.nbytes  # all steps at once take 32

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
+from collections.abc import Iterator
 from itertools import chain
 
 import numpy as np
@@ -83,22 +84,27 @@ def near_texts(texts: list[str]) -> Pairs:
     row = np.unique(codes, return_index=True)[1]
     owner, shingle = _shingles(list(names))
     size = np.bincount(owner, minlength=len(names))
-    _, column, frequency = np.unique(shingle, return_inverse=True, return_counts=True)
-    start = np.concatenate([[0], np.cumsum(size)])
+    ordered = np.sort(shingle)
+    column = np.searchsorted(ordered, shingle)  # where it first stands: one number for each shingle
+    frequency = np.searchsorted(ordered, shingle, side="right") - column
+    shared = frequency > 1  # as a rule few: the others tie no two texts
+    owner, column, frequency = owner[shared], column[shared], frequency[shared]
+    there = np.bincount(owner, minlength=len(names))
+    start = np.concatenate([[0], np.cumsum(there)])
     matrix = sparse.csr_matrix(
-        (np.ones(len(column), np.int32), column, start), shape=(len(names), len(frequency))
+        (np.ones(len(column), np.int32), column, start), shape=(len(names), len(ordered))
     )
-    rarest_first = np.lexsort((column, frequency[column], owner))
-    rank = np.arange(len(owner)) - start[owner]
+    rarest_first = np.lexsort((column, frequency, owner))
+    rank = np.arange(len(owner)) + (size - there - start[:-1])[owner]  # the others are rarer
     prefix = rank <= size[owner] - np.ceil(JACCARD * size[owner] - 1e-9)
-    prefix &= frequency[column[rarest_first]] > 1
     entry = rarest_first[prefix]
     entry = entry[np.lexsort((owner[entry], column[entry]))]
     found = [np.empty((0, 2), np.int64)]
-    for first, second in progress.bar(_neighbours(column[entry]), desc="comparing texts", unit="steps"):
+    steps = _neighbours(column[entry])
+    for first, second in progress.bar(steps, total=NEIGHBOURS, desc="comparing texts", unit="steps"):
         a, b = owner[entry[first]], owner[entry[second]]
         similar = np.minimum(size[a], size[b]) >= JACCARD * np.maximum(size[a], size[b]) - 1e-9
-        pairs = np.unique(a[similar] * len(names) + b[similar])
+        pairs = np.unique(a[similar].astype(np.int64) * len(names) + b[similar])
         for begin in range(0, len(pairs), BLOCK):
             a, b = np.divmod(pairs[begin : begin + BLOCK], len(names))
             common = np.asarray(matrix[a].multiply(matrix[b]).sum(axis=1)).ravel()
@@ -108,10 +114,10 @@ def near_texts(texts: list[str]) -> Pairs:
 
 
 def _shingles(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Text number and 64-bit hash of each different shingle of each text, in the order of both."""
+    """Text number, int32, and 64-bit hash of each different shingle of each text, in the order of both."""
     codes = _Codes()
     words = np.fromiter(map(codes.__getitem__, chain.from_iterable(map(str.split, texts))), np.uint64)
-    owner = np.repeat(np.arange(len(texts)), [len(text.split()) for text in texts])
+    owner = np.repeat(np.arange(len(texts), dtype=np.int32), [len(text.split()) for text in texts])
     count = max(len(words) - SHINGLE_WORDS + 1, 0)
     shingle = np.zeros(count, np.uint64)
     for i in range(SHINGLE_WORDS):
@@ -125,15 +131,13 @@ def _shingles(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return owner[new], shingle[new]
 
 
-def _neighbours(keys: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Positions that hold the same key, at most ``NEIGHBOURS`` apart; equal keys stand together."""
-    found = []
+def _neighbours(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Positions that hold the same key, 1 to ``NEIGHBOURS`` apart; equal keys stand together."""
     first = np.arange(len(keys))
     for step in range(1, NEIGHBOURS + 1):
         first = first[first + step < len(keys)]
         first = first[keys[first] == keys[first + step]]
-        found.append((first, first + step))
-    return found
+        yield first, first + step
 
 
 def near_pictures(thumbnails: np.ndarray) -> Pairs:
