@@ -295,6 +295,17 @@ def test_a_killed_run_is_not_continued_with_its_classes_in_another_order(tmp_pat
     assert stamps.differences(taken, other, layout) == []  # a finished model knows its own order
 
 
+def test_checkpoints_of_killed_runs_with_other_choices_go_once_a_model_is_there(tmp_path: Path) -> None:
+    layout = cached.write(tmp_path)
+    for name in ("0123456789abcdef", "0123456789abcdef-taught"):
+        (layout.work / "train" / name).mkdir(parents=True)
+        (layout.work / "train" / name / "step-5.json").write_text("{}")
+    clock = layout.work / "train" / "0123456789abcdef.csv"  # of a model that may be registered again
+    clock.write_text("epoch\n1\n")
+    train(cached.recipe(), layout)
+    assert list((layout.work / "train").iterdir()) == [clock]
+
+
 def test_stamps_cover_the_modules_that_make_training_stale() -> None:
     stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]
     assert list(stamps.MODULES) == [Path(dep).stem for dep in stage["deps"] if dep.startswith("src/")]
