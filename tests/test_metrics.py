@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from headstart import metrics
-from headstart.metrics import METRICS, MOST_RANKED, cross_entropies, gains, intervals, scores
+from headstart.metrics import (
+    METRICS,
+    MOST_RANKED,
+    confusions,
+    cross_entropies,
+    curve,
+    gains,
+    intervals,
+    scores,
+)
 
 
 def predictions(n: int, k: int, seed: int = 0, skill: float = 1.0) -> tuple[Any, Any]:
@@ -60,6 +69,23 @@ def test_soft_targets_cost_their_cross_entropy() -> None:
     assert found == pytest.approx([np.log(2), -np.log(0.9)])
     truth, p = predictions(50, 3)
     assert cross_entropies(np.eye(3)[truth], p).mean() == pytest.approx(scores(truth, p)["log_loss"])
+
+
+def test_the_area_under_the_curve_is_the_auroc_ties_or_not() -> None:
+    truth, p = predictions(300, 2)
+    assert len(np.unique(p[:, 1])) < 300
+    found = curve(truth == 1, p[:, 1])
+    assert found is not None
+    false, recall, precision = found
+    area = np.trapezoid(np.append(0, recall), np.append(0, false))
+    assert area == pytest.approx(scores(truth, p)["auroc"])
+    assert (false[-1], recall[-1], precision[-1]) == (1, 1, pytest.approx((truth == 1).mean()))
+    assert curve(truth >= 0, p[:, 1]) is curve(truth < 0, p[:, 1]) is None
+
+
+def test_confusions_count_rows_by_what_they_are_and_what_they_are_called() -> None:
+    found = confusions(np.array([0, 0, 1, 2]), np.array([0, 2, 1, 2]), 3)
+    assert found.tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 1]]
 
 
 def test_a_class_without_rows_is_left_out_of_the_means_and_auroc_of_one_class_is_unknown() -> None:

@@ -18,7 +18,16 @@ import pandas as pd
 from headstart.calibration import Decision
 from headstart.errors import HeadstartError, unmade
 from headstart.layout import HIDDEN, Layout, written_whole
-from headstart.metrics import METRICS, MOST_RANKED, Floats, calibration_bins, intervals
+from headstart.metrics import (
+    METRICS,
+    MOST_RANKED,
+    Floats,
+    Ints,
+    calibration_bins,
+    confusions,
+    curve,
+    intervals,
+)
 from headstart.recipe import Evaluate, Recipe
 
 DIGITS = 6  # more would differ between processors
@@ -64,7 +73,8 @@ def evaluate(recipe: Recipe, layout: Layout) -> None:
             measured_there = _measure(rows[chosen], probabilities[chosen], rule, classes, recipe.evaluate)
             metrics["test_by_domain"][domain] = measured_there
     actual = rows.loc[test, "label"].to_numpy()
-    predicted = np.array(classes, dtype=object)[rule.named(probabilities[test])]
+    named = rule.named(probabilities[test])
+    predicted = np.array(classes, dtype=object)[named]
     with written_whole(layout.evidence) as folder:
         (folder / "metrics.json").write_text(
             json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -74,9 +84,7 @@ def evaluate(recipe: Recipe, layout: Layout) -> None:
         _write(plots / "confusion.csv", pd.DataFrame({"actual": actual, "predicted": predicted}))
         _write(plots / "roc.csv", _roc(actual, probabilities[test], classes))
         _write(plots / "calibration.csv", _calibration(actual, probabilities[test], classes))
-        counts = pd.crosstab(
-            pd.Categorical(actual, classes), pd.Categorical(predicted, classes), dropna=False
-        ).to_numpy()
+        counts = confusions(positions(actual.tolist(), classes), named, len(classes))
         measured_accuracy = None if blind else metrics["test"]["accuracy"]["value"]
         summary = _summary(recipe, metrics, classes, counts, blind) + _adaptation(model, measured_accuracy)
         (folder / "summary.md").write_text(summary, encoding="utf-8")
@@ -186,14 +194,10 @@ def _roc(actual: np.ndarray[Any, Any], probabilities: Floats, classes: list[str]
     """Each class against the rest: ``class``, ``fpr``, ``tpr``, thinned to ``ROC_POINTS``."""
     parts = []
     for position in _shown(classes):
-        positive, score = actual == classes[position], probabilities[:, position]
-        if positive.all() or not positive.any():
-            continue  # there is no curve without both kinds
-        order = np.argsort(-score, kind="stable")
-        # A threshold lies after the last row of each run of equal scores.
-        last = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
-        tpr = np.append(0, np.cumsum(positive[order])[last] / positive.sum())
-        fpr = np.append(0, np.cumsum(~positive[order])[last] / (~positive).sum())
+        found = curve(actual == classes[position], probabilities[:, position])
+        if found is None:
+            continue
+        fpr, tpr = (np.append(0, rates) for rates in found[:2])
         kept = np.unique(np.linspace(0, len(tpr) - 1, min(len(tpr), ROC_POINTS)).round().astype(int))
         parts.append(pd.DataFrame({"class": classes[position], "fpr": fpr[kept], "tpr": tpr[kept]}))
     return pd.concat(parts) if parts else pd.DataFrame(columns=["class", "fpr", "tpr"])
@@ -220,9 +224,7 @@ def _write(path: Path, table: pd.DataFrame) -> None:
     table.round(DIGITS).to_csv(path, index=False, lineterminator="\n")
 
 
-def _summary(
-    recipe: Recipe, metrics: dict[str, Any], classes: list[str], counts: np.ndarray[Any, Any], blind: bool
-) -> str:
+def _summary(recipe: Recipe, metrics: dict[str, Any], classes: list[str], counts: Ints, blind: bool) -> str:
     """The page for a reader.
 
     ``counts`` is int[k, k]: rows of the test by true and predicted class. ``blind``: no target row is known.
@@ -318,7 +320,7 @@ def _measured(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [("test", metrics["test"]), *(domains.items() if len(domains) > 1 else ())]
 
 
-def _class_line(position: int, classes: list[str], counts: np.ndarray[Any, Any]) -> str:
+def _class_line(position: int, classes: list[str], counts: Ints) -> str:
     actual, called = counts[position].sum(), counts[:, position].sum()
     right = counts[position, position]
     wrong = np.where(np.arange(len(classes)) == position, 0, counts[position])

@@ -195,6 +195,26 @@ def cross_entropies(targets: Floats, probabilities: Floats) -> Floats:
     return each
 
 
+def confusions(truth: Ints, named: Ints, classes: int) -> Ints:
+    """int64[k, k]: rows by true class and by the class named, positions int[n] each."""
+    found = np.zeros((classes, classes), np.int64)
+    np.add.at(found, (truth, named), 1)
+    return found
+
+
+def curve(positive: NDArray[np.bool_], score: Floats) -> tuple[Floats, Floats, Floats] | None:
+    """What each threshold gives, from the highest down: false positive rate, recall and precision.
+
+    A threshold lies below each different score. None if all rows [n] are positive, or none is.
+    """
+    if positive.all() or not positive.any():
+        return None
+    order = np.argsort(-score, kind="stable")
+    last = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))  # of each run of equal scores
+    hits = np.cumsum(positive[order])[last]
+    return (last + 1 - hits) / (~positive).sum(), hits / positive.sum(), hits / (last + 1)
+
+
 def calibration_bins(confidence: Floats) -> Ints:
     """The bin, 0 to ``BINS`` - 1, of each probability; a bin includes its upper edge."""
     return np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)

@@ -27,7 +27,16 @@ from headstart import card, evaluation, images, models, registry, sources
 from headstart.calibration import Decision, tempered
 from headstart.errors import HeadstartError
 from headstart.layout import HIDDEN, Layout, written_whole
-from headstart.metrics import METRICS, Floats, Ints, calibration_bins, scores
+from headstart.metrics import (
+    LOWER_IS_BETTER,
+    METRICS,
+    Floats,
+    Ints,
+    calibration_bins,
+    confusions,
+    curve,
+    scores,
+)
 from headstart.recipe import Recipe
 from headstart.stages import SECONDS
 
@@ -104,6 +113,7 @@ def write(recipe: Recipe, layout: Layout, verdict: dict[str, Any] | None = None)
         "recipe": recipe,
         "said": said,
         "metrics": METRICS,
+        "lower_is_better": LOWER_IS_BETTER,
         "titles": evaluation.TITLES,
         "method": METHODS[_method(said, recipe)],
         "tiles": _tiles(said),
@@ -223,9 +233,7 @@ class _Said:
     @property
     def counts(self) -> Ints:
         """int64 [k, k]: rows by true class and by the class named."""
-        found = np.zeros((len(self.classes), len(self.classes)), np.int64)
-        np.add.at(found, (self.truth, self.named), 1)
-        return found
+        return confusions(self.truth, self.named, len(self.classes))
 
     @property
     def shown(self) -> list[int]:
@@ -415,14 +423,11 @@ def _curves(said: _Said) -> list[Chart]:
     """Receiver operating characteristic, and precision over recall, of each class against the rest."""
     roc, trade, bases = [], [], []
     for number, position in enumerate(said.shown):
-        positive, score = said.truth == position, said.probabilities[:, position]
-        if positive.all() or not positive.any():
-            continue  # there is no curve without both kinds
-        order = np.argsort(-score, kind="stable")
-        last = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))  # of each run of equal scores
-        hits = np.cumsum(positive[order])[last]
-        recall, precision = hits / positive.sum(), hits / (last + 1)
-        false = (last + 1 - hits) / (~positive).sum()
+        positive = said.truth == position
+        found = curve(positive, said.probabilities[:, position])
+        if found is None:
+            continue
+        false, recall, precision = found
         name, look = said.classes[position], f"s{number}"
         roc.append(Series(name, _points(np.append(0, false), np.append(0, recall)), look))
         trade.append(Series(name, _points(recall, precision), look))
