@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from headstart import report, stages
+from headstart.charts import Axis
 from headstart.errors import HeadstartError
 from headstart.layout import Layout
 from headstart.recipe import Recipe, load
@@ -66,7 +67,7 @@ def through(root: Path, name: str) -> tuple[Recipe, Layout]:
 
 @pytest.mark.parametrize("values", [[0.97, 0.97], [0.97, 0.97 + 1e-12], [0.0], [-3.0, -3.0, -3.0]])
 def test_an_axis_of_equal_values_has_ticks_that_differ(values: list[float]) -> None:
-    axis = report.Axis.around("score", values)
+    axis = Axis.around("score", values)
     assert len({words for _, words in axis.ticks}) == len(axis.ticks) > 2
     assert 0.2 < axis.share(values[0]) < 0.8
     assert 0.1 < (axis.high - axis.low) / abs(values[0] or 1) < 3

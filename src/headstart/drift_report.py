@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from headstart import evaluation, images
+from headstart.charts import Axis, Chart, Series, inline, template
 from headstart.drift import TITLES
 from headstart.layout import Layout, unwritable_named
 from headstart.metrics import Floats
 from headstart.monitoring import Monitored
 from headstart.recipe import Recipe
-from headstart.report import DRIFT, Axis, Chart, Series, inline, template
 
+DRIFT = "drift.html"  # beside the report
 SHOWN = 12  # rows
 THUMBNAIL = 256  # pixels a side
 BINS = 20  # of a histogram

@@ -6,15 +6,13 @@ without a network, and the model card. Never decides anything, and never changes
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +23,8 @@ from numpy.typing import NDArray
 
 from headstart import card, evaluation, images, models, registry, sources
 from headstart.calibration import Decision, tempered
+from headstart.charts import MINUS, SHARE, Axis, Chart, Series, inline, number, points, template
+from headstart.drift_report import DRIFT
 from headstart.errors import HeadstartError
 from headstart.layout import HIDDEN, Layout, written_whole
 from headstart.metrics import (
@@ -43,18 +43,13 @@ from headstart.stages import SECONDS
 if TYPE_CHECKING:
     from headstart.attributions import Attribution
 
-DRIFT = "drift.html"  # beside the report
 MISTAKES = 12
 THUMBNAIL = 256  # pixels a side
 MOST_CURVES = 8  # more than a reader can tell apart
 MOST_CLASSES = 30  # in a confusion matrix; of more, the commonest confusions are listed
 MOST_ROWS = 20  # shown of a table that only gives examples
 MOST_LINES = 300  # of a table that counts rows; of more, the totals, and the largest of these
-POINTS = 120  # of a curve
 SPLITS = ["train", "val", "test"]
-STEPS = [1, 2, 2.5, 5, 10]  # between ticks, times a power of ten
-NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 METHODS = {
     "feature_extraction": "a new head on frozen features",
     "fine_tune": "fine-tuned together with its head",
@@ -139,49 +134,6 @@ def write(recipe: Recipe, layout: Layout, verdict: dict[str, Any] | None = None)
     return layout.report / "report.html"
 
 
-def template(name: str) -> Any:
-    """A page of this package, that escapes all it is given, with filters for figures."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    page = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters: dict[str, Any] = {
-        "number": _number,
-        "signed": _signed,
-        "certainty": lambda value: f"{value:.3f}" if value < 0.9995 else "over 0.999",
-        "count": "{:,}".format,
-        "percent": "{:.0%}".format,
-        "duration": _duration,
-        "interval": _interval,
-    }
-    page.filters |= filters
-    return page.get_template(name)
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return NONE if value is None else f"{value:.{digits}f}"
-
-
-def _signed(value: float | None) -> str:
-    return NONE if value is None else f"{value:+.3f}".replace("-", MINUS)
-
-
-def _interval(measured: dict[str, float | None]) -> str:
-    low, high = measured["low"], measured["high"]
-    return "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 @dataclass(frozen=True)
 class _Said:
     """What the model says of the test rows, and what was measured of it."""
@@ -242,102 +194,6 @@ class _Said:
             return [1]
         rows = np.bincount(self.truth, minlength=len(self.classes))
         return sorted(np.argsort(-rows, kind="stable")[:MOST_CURVES].tolist())
-
-
-# Charts: geometry here, drawing in the template.
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis of a chart."""
-
-    title: str
-    low: float
-    high: float
-    log: bool = False
-    whole: bool = False  # marked at whole numbers only
-
-    @classmethod
-    def around(cls, title: str, values: Iterable[float], log: bool = False) -> Axis:
-        """An axis from tick to tick that holds all values."""
-        from matplotlib.ticker import MaxNLocator
-
-        low, high = min(values := list(values)), max(values)
-        if log:
-            return cls(title, 10.0 ** np.floor(np.log10(low)), 10.0 ** np.ceil(np.log10(high)), True)
-        if high - low <= 1e-8 * max(abs(low), abs(high)):  # as far as the ticks tell, all are one value
-            around = abs(high) / 10 or 1.0
-            low, high = low - around, high + around
-        ticks = MaxNLocator(5, steps=STEPS).tick_values(low, high)
-        return cls(title, float(ticks[0]), float(ticks[-1]))
-
-    def share(self, value: float) -> float:
-        """Where a value stands, from 0 at the low end to 1."""
-        low, high, value = (
-            np.log10([self.low, self.high, value]) if self.log else (self.low, self.high, value)
-        )
-        return float((value - low) / ((high - low) or 1))
-
-    @property
-    def ticks(self) -> list[tuple[float, str]]:
-        """Values to mark, and what to write there."""
-        from matplotlib.ticker import MaxNLocator
-
-        if self.log:
-            powers = range(round(np.log10(self.low)), round(np.log10(self.high)) + 1)
-            return [(10.0**power, f"10{str(power).translate(SUPERSCRIPTS)}") for power in powers]
-        places = MaxNLocator(5, steps=STEPS, integer=self.whole).tick_values(self.low, self.high)
-        inside = [place for place in places if -1e-9 <= self.share(place) <= 1 + 1e-9]
-        return [(float(place), f"{place:,.10g}".replace("-", MINUS)) for place in inside]
-
-
-@dataclass(frozen=True)
-class Series:
-    """A line or a row of dots."""
-
-    name: str
-    points: list[tuple[float, float]]
-    look: str  # a class of the template's stylesheet
-    dots: list[float] = field(default_factory=list)  # radius of a dot at each point, if there are any
-    line: bool = True  # whether a line joins the points
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A plot that says in words what it shows."""
-
-    key: str  # unique on the page
-    title: str
-    words: str
-    x: Axis
-    y: Axis
-    series: list[Series]
-
-    WIDTH, HEIGHT = 400, 300
-    LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 50
-
-    def across(self, value: float) -> float:
-        """Horizontal place in the drawing, to a tenth of its unit."""
-        return round(self.LEFT + self.x.share(value) * (self.WIDTH - self.LEFT - self.RIGHT), 1)
-
-    def down(self, value: float) -> float:
-        """Vertical place."""
-        return round(
-            self.HEIGHT - self.BOTTOM - self.y.share(value) * (self.HEIGHT - self.TOP - self.BOTTOM), 1
-        )
-
-    def line(self, series: Series) -> str:
-        """The points as SVG writes them."""
-        return " ".join(f"{self.across(x)},{self.down(y)}" for x, y in series.points)
-
-
-def _thin(*columns: NDArray[Any]) -> list[tuple[float, ...]]:
-    """At most ``POINTS`` points of a curve, evenly chosen, ends included."""
-    kept = np.unique(np.linspace(0, len(columns[0]) - 1, POINTS).round().astype(int))
-    return [tuple(float(v) for v in point) for point in zip(*(c[kept] for c in columns), strict=True)]
-
-
-SHARE = (0.0, 1.0)
 
 
 # Sections, in the order of the page.
@@ -422,15 +278,15 @@ def _confusion(said: _Said) -> dict[str, Any]:
 def _curves(said: _Said) -> list[Chart]:
     """Receiver operating characteristic, and precision over recall, of each class against the rest."""
     roc, trade, bases = [], [], []
-    for number, position in enumerate(said.shown):
+    for place, position in enumerate(said.shown):
         positive = said.truth == position
         found = curve(positive, said.probabilities[:, position])
         if found is None:
             continue
         false, recall, precision = found
-        name, look = said.classes[position], f"s{number}"
-        roc.append(Series(name, _points(np.append(0, false), np.append(0, recall)), look))
-        trade.append(Series(name, _points(recall, precision), look))
+        name, look = said.classes[position], f"s{place}"
+        roc.append(Series(name, points(np.append(0, false), np.append(0, recall)), look))
+        trade.append(Series(name, points(recall, precision), look))
         bases.append(float(positive.mean()))
     if not roc:
         return []
@@ -463,10 +319,6 @@ def _curves(said: _Said) -> list[Chart]:
     ]
 
 
-def _points(x: NDArray[Any], y: NDArray[Any]) -> list[tuple[float, float]]:
-    return [(a, b) for a, b in _thin(x, y)]
-
-
 def _reliability(said: _Said) -> dict[str, Any]:
     """The diagram before and after the temperature, and what it did to the error and the log-loss."""
     heat = said.model.get("temperature", 1.0)
@@ -483,7 +335,7 @@ def _reliability(said: _Said) -> dict[str, Any]:
         dots = (2 + 9 * np.sqrt(means["rows"] / len(table))).round(1).tolist()
         name = {"before": "before calibration", "after": "after calibration"}[side] if heat != 1 else "model"
         look = "ink" if side == "before" else "s0"
-        series.append(Series(name, _points(means["top"].to_numpy(), means["right"].to_numpy()), look, dots))
+        series.append(Series(name, points(means["top"].to_numpy(), means["right"].to_numpy()), look, dots))
     lowest = min(1 / len(said.classes), *(y for s in series[1:] for _, y in s.points))
     low = float(np.floor(lowest * 10) / 10)
     series[0] = Series(series[0].name, [(low, low), (1, 1)], "guide")
@@ -552,9 +404,7 @@ def _adaptation(said: _Said, layout: Layout) -> dict[str, Any]:
         right = {method: scores(said.truth, certain[called[method]]) for method in candidates}
     return {
         "figures": [
-            (words, _number(shift[name]).replace("-", MINUS))
-            for name, words in SHIFT.items()
-            if name in shift
+            (words, number(shift[name]).replace("-", MINUS)) for name, words in SHIFT.items() if name in shift
         ],
         "compared": selection.COMPARED,
         "left_out": [method for method in adaptation.METHODS if method not in candidates],
@@ -604,13 +454,11 @@ def _training(layout: Layout, model: dict[str, Any]) -> list[Chart]:
     tried = tried.sort_values("l2")
     looks = {"val_log_loss": ("validation", "s0"), "train_log_loss": ("training", "ink")}
     series = [
-        Series(name, _points(tried["l2"].to_numpy(), tried[key].to_numpy()), look)
+        Series(name, points(tried["l2"].to_numpy(), tried[key].to_numpy()), look)
         for key, (name, look) in looks.items()
     ]
     best = tried[tried["l2"] == model["l2"]]
-    series.append(
-        Series("chosen", _points(best["l2"].to_numpy(), best["val_log_loss"].to_numpy()), "s0", [5])
-    )
+    series.append(Series("chosen", points(best["l2"].to_numpy(), best["val_log_loss"].to_numpy()), "s0", [5]))
     return [
         Chart(
             "penalties",
@@ -633,7 +481,7 @@ def _learning(steps: pd.DataFrame, epochs: pd.DataFrame, model: dict[str, Any]) 
     small: list[float] = [3.0] * len(epochs)
     series, judged = [Series("training", train, "ink")], "log_loss" in epochs
     if judged:
-        at = _points(epochs["step"].to_numpy(), epochs["log_loss"].to_numpy())
+        at = points(epochs["step"].to_numpy(), epochs["log_loss"].to_numpy())
         series.append(Series("validation", at, "s0", small))
     kept = epochs[epochs["epoch"] == model.get("epoch")]
     which = f" Epoch {model['epoch']} of {model['epochs']} was kept." if len(kept) else ""
@@ -651,7 +499,7 @@ def _learning(steps: pd.DataFrame, epochs: pd.DataFrame, model: dict[str, Any]) 
         return [loss]
     lines = [
         Series(
-            evaluation.TITLES[key], _points(epochs["epoch"].to_numpy(), epochs[key].to_numpy()), look, small
+            evaluation.TITLES[key], points(epochs["epoch"].to_numpy(), epochs[key].to_numpy()), look, small
         )
         for key, look in (("accuracy", "s0"), ("auroc", "ink"))
         if epochs[key].notna().all()
@@ -730,15 +578,6 @@ def _of_image(path: Path, found: Attribution) -> dict[str, Any]:
     grey = pixels.mean(axis=2, keepdims=True) * 0.8
     over = grey * (1 - share) + 255 * colormaps["inferno"](heat)[..., :3] * share
     return {"picture": inline(pixels), "over": inline(over.round().astype(np.uint8))}
-
-
-def inline(pixels: NDArray[np.uint8]) -> str:
-    """A picture, uint8 [height, width, 3], as a data: URI."""
-    from PIL import Image
-
-    sink = io.BytesIO()
-    Image.fromarray(pixels).save(sink, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode()
 
 
 def _data(said: _Said, layout: Layout) -> dict[str, Any]:
