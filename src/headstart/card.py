@@ -55,7 +55,7 @@ def card(recipe: Recipe, layout: Layout, metrics: dict[str, Any]) -> str:
         *_figures(recipe, metrics, blind),
         *_limits(recipe, model, metrics, found, blind),
         *_loading(recipe),
-        *_lineage(recipe, layout, model),
+        *_lineage(layout, model),
     ]
     head = _front_matter(recipe, spec, metrics, blind)
     return f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
@@ -250,7 +250,7 @@ def _loading(recipe: Recipe) -> list[str]:
     ]
 
 
-def _lineage(recipe: Recipe, layout: Layout, model: dict[str, Any]) -> list[str]:
+def _lineage(layout: Layout, model: dict[str, Any]) -> list[str]:
     tags = registry.lineage(layout, model)
     dirty = ", with changes that are not committed" if tags["headstart.git_dirty"] == "true" else ""
     told = {

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from headstart.metrics import Floats, Ints, gains, levels, scores
 from headstart.recipe import Promote
 
+Figures = dict[str, float | None]
 RESAMPLES = 2000  # the 5th percentile is known to a tenth of a deviation
 ROUNDING = 1e-9  # figures that differ by less are equal: in binary 0.78 - 0.80 is below -0.02
 
@@ -45,7 +46,7 @@ class Verdict:
 
     promoted: bool
     checks: tuple[Check, ...]
-    figures: dict[str, float | None]
+    figures: Figures
     by_domain: dict[str, float]  # gain of the metric in each domain, where there is a champion
 
     @property
@@ -101,23 +102,21 @@ def judge(
     """
     rival = champion if champion is not None else commonest(rows.truth, candidate.probabilities.shape[1])
     against = named if champion is not None else "always naming the commonest class"
-    ours, theirs = (_score(rows.truth, answers, rules.metric) for answers in (candidate, rival))
-    gain = None if ours is None or theirs is None else ours - theirs
-    figures: dict[str, float | None] = {"candidate": ours, "against": theirs, "gain": gain}
-    checks = [_floor(ours, rules), *_gain(rows, (candidate, rival), rules, against, figures)]
+    shown, figures = _gain(rows, (candidate, rival), rules, against)
+    checks = [_floor(figures["candidate"], rules), *shown]
     by_domain: dict[str, float] = {}
     if champion is not None:
         by_domain = _by_domain(rows, (candidate, champion), rules.metric)
         if rules.max_latency_ratio is not None:
-            checks.append(_latency(candidate, champion, rules.max_latency_ratio, figures))
+            check, of_latency = _latency(candidate, champion, rules.max_latency_ratio)
+            checks.append(check)
+            figures |= of_latency
         if rules.no_domain_worse_than is not None:
             checks.append(_domains(by_domain, rules.no_domain_worse_than))
     if rules.max_size is not None and candidate.size is not None:
-        megabytes = candidate.size / 1e6
-        figures["megabytes"] = megabytes
-        fits = megabytes <= rules.max_size
-        words = f"{megabytes:.1f} MB, {'within' if fits else 'over'} the {rules.max_size:g} MB allowed"
-        checks.append(Check("max_size", fits, words))
+        check, of_size = _size(candidate.size, rules.max_size)
+        checks.append(check)
+        figures |= of_size
     return Verdict(all(check.passed for check in checks), tuple(checks), figures, by_domain)
 
 
@@ -157,20 +156,20 @@ def _floor(ours: float | None, rules: Promote) -> Check:
 
 
 def _gain(
-    rows: Judged,
-    pair: tuple[Answers, Answers],
-    rules: Promote,
-    against: str,
-    figures: dict[str, float | None],
-) -> list[Check]:
-    """Whether it is shown to be better; adds the figures of both tests."""
+    rows: Judged, pair: tuple[Answers, Answers], rules: Promote, against: str
+) -> tuple[list[Check], Figures]:
+    """Whether it is shown to be better, and the figures of both tests."""
+    ours, theirs = (_score(rows.truth, answers, rules.metric) for answers in pair)
+    figures: Figures = {"candidate": ours, "against": theirs, "gain": None}
     count, fewest = len(np.unique(rows.groups)), fewest_groups(rules.confidence)
-    if figures["gain"] is None:
-        return [Check("min_gain", False, f"{rules.metric} is not defined on these rows, so it shows nothing")]
+    if ours is None or theirs is None:
+        words = f"{rules.metric} is not defined on these rows, so it shows nothing"
+        return [Check("min_gain", False, words)], figures
+    figures["gain"] = ours - theirs
     sure = f"{100 * rules.confidence:g}% confidence"
     if count < fewest:
         words = f"{count} groups of test rows cannot show with {sure} that one model is better"
-        return [Check("min_gain", False, f"{words}: that takes {fewest}")]
+        return [Check("min_gain", False, f"{words}: that takes {fewest}")], figures
     drawn = gains(
         rows.truth,
         pair[0].probabilities,
@@ -184,8 +183,8 @@ def _gain(
     low, high = (float(bound) for bound in np.nanquantile(drawn, ends))
     shown = low > rules.min_gain + ROUNDING
     words = (
-        f"{rules.metric} {figures['candidate']:.3f} against {figures['against']:.3f} of {against}: "
-        f"{figures['gain']:+.3f}, with {sure} above {low:+.3f}; "
+        f"{rules.metric} {ours:.3f} against {theirs:.3f} of {against}: "
+        f"{ours - theirs:+.3f}, with {sure} above {low:+.3f}; "
         f"{'more' if shown else 'not shown to be more'} than {rules.min_gain:g}"
     )
     checks = [Check("min_gain", shown, words)]
@@ -199,7 +198,7 @@ def _gain(
             f"{'below' if p < most else 'not below'} {most:.3g}"
         )
         checks.append(Check("mcnemar", p < most, words))
-    return checks
+    return checks, figures
 
 
 def _by_domain(rows: Judged, pair: tuple[Answers, Answers], metric: str) -> dict[str, float]:
@@ -225,11 +224,17 @@ def _domains(by_domain: dict[str, float], most: float) -> Check:
     return Check("no_domain_worse_than", holds, words)
 
 
-def _latency(candidate: Answers, champion: Answers, most: float, figures: dict[str, float | None]) -> Check:
+def _latency(candidate: Answers, champion: Answers, most: float) -> tuple[Check, Figures]:
     if not candidate.seconds or not champion.seconds:
-        return Check("max_latency_ratio", False, "latency was not measured")
+        return Check("max_latency_ratio", False, "latency was not measured"), {}
     ratio = candidate.seconds / champion.seconds
-    figures["latency_ratio"] = ratio
     side = "within" if ratio <= most else "over"
     words = f"{ratio:.2f} times the champion's seconds per row, {side} the {most:g} allowed"
-    return Check("max_latency_ratio", ratio <= most, words)
+    return Check("max_latency_ratio", ratio <= most, words), {"latency_ratio": ratio}
+
+
+def _size(size: int, most: float) -> tuple[Check, Figures]:
+    megabytes = size / 1e6
+    fits = megabytes <= most
+    words = f"{megabytes:.1f} MB, {'within' if fits else 'over'} the {most:g} MB allowed"
+    return Check("max_size", fits, words), {"megabytes": megabytes}

@@ -121,7 +121,7 @@ def write(recipe: Recipe, layout: Layout, verdict: dict[str, Any] | None = None)
         "adaptation": _adaptation(said, layout) if "shift" in said.model else None,
         "training": _training(layout, said.model),
         "mistakes": _mistakes(said, recipe, layout),
-        "data": _data(said, layout),
+        "data": _data(layout),
         "lineage": _lineage(recipe, layout, said.model),
     }
     html = template("report.html.jinja").render(page)
@@ -580,7 +580,7 @@ def _of_image(path: Path, found: Attribution) -> dict[str, Any]:
     return {"picture": inline(pixels), "over": inline(over.round().astype(np.uint8))}
 
 
-def _data(said: _Said, layout: Layout) -> dict[str, Any]:
+def _data(layout: Layout) -> dict[str, Any]:
     """Rows by class, domain and split, and what validation left out, mended or noticed."""
     rows = pd.read_parquet(layout.manifest / "manifest.parquet", columns=["id", "label", "domain", "split"])
     aside = pd.read_parquet(layout.truth / "labels.parquet")
