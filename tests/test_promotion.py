@@ -244,6 +244,38 @@ def judging(monkeypatch: pytest.MonkeyPatch, *promoted: bool, meanwhile: Callabl
     monkeypatch.setattr(trials, "compare", compare)
 
 
+def test_what_happens_to_a_version_follows_from_what_was_decided_and_who_is_champion() -> None:
+    def course(*actions: str, champion: str | None = "1", rival: str | None = "1", **how: Any) -> str:
+        """Of version 2, about which these decisions were taken, the last of them on what is judged now."""
+        gone, candidate, judged = (how.get(key) for key in ("gone", "candidate", "judged"))
+        tags = {}
+        for number, action in enumerate(actions, 1):
+            entry = {"number": number, "at": "", "by": "", "action": action, "version": "2", "champion": None}
+            entry |= {"reasons": [], "judged": judged or "now"}
+            tags[f"{promotion.ENTRY}{number:06}"] = json.dumps(entry)
+        present = trials.Present("2", tags, candidate or "2", champion, rival, bool(gone))
+        return trials.course(present, "now")
+
+    gone: dict[str, Any] = {"champion": None, "gone": True}
+    assert course() == "judge"
+    assert course(champion=None, rival=None) == "judge"  # against the commonest class
+    assert course(champion="2", rival="2") == "known"
+    assert course("refused") == "known"
+    assert course("refused", judged="earlier") == "judge"
+    assert course("promoted", judged="earlier") == "judge"  # somebody else was crowned since
+    assert course("promoted", "rolled back", judged="earlier") == "known"
+    assert course(**gone) == "judge"  # against the one before
+    assert course(rival="2", **gone) == course(rival=None, **gone) == "leave open"
+    assert course("refused", rival=None, **gone) == "known"
+    assert course("refused", judged="earlier", rival=None, **gone) == "leave open"
+    assert course("promoted", rival="2", **gone) == "crown again"
+    assert course("promoted", rival="1", judged="earlier", **gone) == "crown again"
+    assert course("promoted", rival="2", candidate="3", **gone) == "known"
+    assert course("promoted", rival="2", candidate="3", judged="earlier", **gone) == "leave open"
+    assert course("promoted", "rolled back", rival="1", **gone) == "known"
+    assert course("forced", rival="2", judged="earlier", **gone) == "leave open"
+
+
 def test_a_version_rolled_back_from_while_it_is_judged_is_not_said_to_be_promoted(
     registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,8 @@ from headstart.promotion import CANDIDATE, CHAMPION, Entry
 from headstart.recipe import Recipe
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
     from headstart.features import Item
 
 TIMED, TURNS = 256, 3  # rows that are timed, and how often
@@ -97,46 +99,20 @@ def decide(recipe: Recipe, layout: Layout, version: str | None = None) -> Decide
         promotion.known(client, name)
     for _ in range(TRIES):
         with asking():
-            promotion.carry_through(client, name)
-            now = promotion.aliases(client, name)
-            chosen, champion = version or now.get(CANDIDATE), now.get(CHAMPION)
-            if chosen is None:
-                raise HeadstartError(
-                    f"{name} has no candidate", do=f"name a version of `headstart models {name}`"
-                )
-            tags = promotion.tags(client, name, chosen)
-            rival = promotion.rival_of(now)
-            gone = champion is None and (rival is not None or promotion.had_champion(client, name))
-        decided = promotion.entries(tags)
-        key = _key(recipe, layout, tags, rival)
-        known = decided and (decided[-1].judged == key or promotion.rolled_back(decided))
-        stands = gone and chosen == now.get(CANDIDATE) and decided and decided[-1].action == "promoted"
-        if chosen == champion or (known and not stands):
-            last = decided[-1] if decided else None
-            verdict, judged = verdict_of(tags), _judged(decided)
-            return Decided(name, chosen, last, verdict, champion, new=False, judged=judged)
-        if stands:
-            verdict, reasons, fit = verdict_of(tags), [STANDS], False
-        elif gone and rival in {None, chosen}:
-            verdict, reasons, fit = None, [], False
-        else:
-            # What fails here has words of its own.
-            verdict, reasons, fit = _judge(recipe, layout, chosen, rival, reigns=rival == champion)
-        promoted = stands or (verdict is not None and verdict.promoted)
-        if gone and not promoted:
-            command = f"headstart promote {name} VERSION --force --because REASON"
-            reasons = [*reasons, f"the champion is gone: `{command}` makes a version champion"]
+            now = _present(client, name, version)
+        key = _key(recipe, layout, now.tags, now.rival)
+        way = course(now, key)
+        if way == "known":
+            last, verdict = now.decided[-1] if now.decided else None, verdict_of(now.tags)
+            judged = _judged(now.decided)
+            return Decided(name, now.version, last, verdict, now.champion, new=False, judged=judged)
+        ruling = _ruling(recipe, layout, now, way)  # what fails here has words of its own
         with asking():
-            if verdict is not None:
-                said = json.dumps(verdict.to_dict())
-                client.set_model_version_tag(name, chosen, promotion.VERDICT, said)
-            if promoted:
-                entry = promotion.crown(client, name, chosen, reasons, judged=key, against=rival)
-            else:
-                entry = promotion.refuse(client, name, chosen, reasons, judged=key, against=rival, fit=fit)
+            entry = _written(client, name, now, ruling, key)
         if entry:  # or somebody else has decided meanwhile
-            reigns, judged = chosen if promoted else champion, _judged([*decided, entry])
-            return Decided(name, chosen, entry, verdict, reigns, new=True, judged=judged)
+            champion = now.version if ruling.promoted else now.champion
+            judged = _judged([*now.decided, entry])
+            return Decided(name, now.version, entry, ruling.verdict, champion, new=True, judged=judged)
     raise HeadstartError(
         f"the champion of {name} changed {TRIES} times while this was being judged",
         do="run the same command again",
@@ -144,16 +120,101 @@ def decide(recipe: Recipe, layout: Layout, version: str | None = None) -> Decide
     )
 
 
-def _judge(
-    recipe: Recipe, layout: Layout, version: str, rival: str | None, *, reigns: bool
-) -> tuple[Verdict | None, list[str], bool]:
-    """The verdict, its reasons, and whether the version is fit for use, be it better or not."""
+@dataclass(frozen=True)
+class Present:
+    """What the registry says, at one moment, of a version and of those it is compared with."""
+
+    version: str
+    tags: dict[str, str]
+    candidate: str | None
+    champion: str | None
+    rival: str | None  # what it has to beat: the champion, or if that is gone the one before it
+    gone: bool  # whether there is no champion any more
+
+    @property
+    def decided(self) -> list[Entry]:
+        """The decisions about the version, oldest first."""
+        return promotion.entries(self.tags)
+
+
+def _present(client: MlflowClient, name: str, version: str | None) -> Present:
+    """How things stand with a version, by default the candidate, once nothing is half done."""
+    promotion.carry_through(client, name)
+    aliases = promotion.aliases(client, name)
+    chosen = version or aliases.get(CANDIDATE)
+    if chosen is None:
+        raise HeadstartError(f"{name} has no candidate", do=f"name a version of `headstart models {name}`")
+    tags = promotion.tags(client, name, chosen)
+    champion, rival = aliases.get(CHAMPION), promotion.rival_of(aliases)
+    gone = champion is None and (rival is not None or promotion.had_champion(client, name))
+    return Present(chosen, tags, aliases.get(CANDIDATE), champion, rival, gone)
+
+
+Course = Literal["known", "crown again", "leave open", "judge"]
+
+
+def course(now: Present, key: str) -> Course:
+    """What is to be done about a version, where ``key`` is a digest of all that a verdict depends on.
+
+    Returns:
+        ``known``: nothing, as it is champion, was judged by all this before or rolled back from;
+        ``crown again``: its promotion stands, and the champion is gone; ``leave open``: the champion is gone,
+        and nothing is there to beat; ``judge``.
+    """
+    last = now.decided[-1] if now.decided else None
+    if now.version == now.champion:
+        return "known"
+    if now.gone and now.version == now.candidate and last and last.action == "promoted":
+        return "crown again"
+    if last and (last.judged == key or promotion.rolled_back(now.decided)):
+        return "known"
+    return "leave open" if now.gone and now.rival in {None, now.version} else "judge"
+
+
+@dataclass(frozen=True)
+class _Ruling:
+    """What is to be written down about a version."""
+
+    promoted: bool
+    reasons: list[str]
+    verdict: Verdict | None = None
+    fit: bool = False  # for use, be it better or not
+
+
+def _ruling(recipe: Recipe, layout: Layout, now: Present, way: Course) -> _Ruling:
+    """The outcome of a course that is not ``known``."""
+    if way == "crown again":
+        return _Ruling(True, [STANDS], verdict_of(now.tags))
+    ruling = _Ruling(False, [])
+    if way == "judge":
+        ruling = _judge(recipe, layout, now.version, now.rival, reigns=now.rival == now.champion)
+    if now.gone and not ruling.promoted:
+        command = f"headstart promote {recipe.model_name} VERSION --force --because REASON"
+        open_still = f"the champion is gone: `{command}` makes a version champion"
+        ruling = replace(ruling, reasons=[*ruling.reasons, open_still])
+    return ruling
+
+
+def _written(client: MlflowClient, name: str, now: Present, ruling: _Ruling, key: str) -> Entry | None:
+    """The decision as the registry keeps it; None if the rival is another one by now."""
+    if ruling.verdict is not None:
+        said = json.dumps(ruling.verdict.to_dict())
+        client.set_model_version_tag(name, now.version, promotion.VERDICT, said)
+    if ruling.promoted:
+        return promotion.crown(client, name, now.version, ruling.reasons, judged=key, against=now.rival)
+    return promotion.refuse(
+        client, name, now.version, ruling.reasons, judged=key, against=now.rival, fit=ruling.fit
+    )
+
+
+def _judge(recipe: Recipe, layout: Layout, version: str, rival: str | None, *, reigns: bool) -> _Ruling:
+    """What the gate says, if any label is known."""
     verdict = compare(recipe, layout, version, rival, reigns=reigns)
     if verdict is None:
         where = recipe.validate_.target_domain
-        return None, [f"no label of {where} is known, so nothing can be shown"], False
+        return _Ruling(False, [f"no label of {where} is known, so nothing can be shown"])
     others = (check for check in verdict.checks if check.rule not in {"min_gain", "mcnemar"})
-    return verdict, verdict.reasons, all(check.passed for check in others)
+    return _Ruling(verdict.promoted, verdict.reasons, verdict, all(check.passed for check in others))
 
 
 def decided_about(recipe: Recipe, digest: str) -> Decided | None:
