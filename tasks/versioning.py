@@ -18,19 +18,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 
-from headstart import processes
+from headstart import processes, runs
 from headstart.errors import HeadstartError
 from headstart.progress import TERMINAL
 from headstart.stages import ERROR_FILE
 
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+
 Outcome = Literal["ran", "restored"]
 # Seconds to wait for a path that another run is using. What a stage reads and writes is in use until it ends,
-# which may take hours, and with any recipe's part of data/ all of it.
-BUSY, STAGE_BUSY = 60.0, 6 * 3600.0
+# which may take as long as the flow allows, and with any recipe's part of data/ all of it.
+BUSY, STAGE_BUSY = 60.0, 24 * 3600.0
 BLOCKED = "is busy, it is being blocked by"  # so DVC says it; that something is busy, a stage may say as well
 # What DVC tells a person at a terminal after each stage, and nobody needs five times in a log.
 HINTS = ("To track the changes", "To enable auto staging", "Updating lock file", "Use `dvc push`", "\t")
@@ -71,6 +74,7 @@ def is_fresh(root: Path, target: str) -> bool:
     from dvc.lock import LockError
     from dvc.repo import Repo
 
+    _forget_the_dead(root)
     with Repo(str(root), _wait_for_lock=True) as repo:  # whoever pushes holds it as long
         try:
             return not repo.status(targets=[target])
@@ -111,25 +115,7 @@ def writing(root: Path, recipe: str, log: Callable[[str], None]) -> Iterator[Non
     Raises:
         HeadstartError: another run has held it for hours, or DVC cannot tell who does.
     """
-    from dvc.exceptions import DvcException
-    from dvc.lock import LockError
-    from dvc.repo import Repo
-    from dvc.rwlock import rwlock
-
-    paths, command = [str(root.resolve() / "data" / recipe)], " ".join(sys.argv)
-    waiting = _Waiting(f"a change of data/{recipe}", root, log, STAGE_BUSY)
-    with Repo(str(root)) as repo, contextlib.ExitStack() as held:
-        hardlink = repo.config["core"].get("hardlink_lock", False)
-        while True:
-            try:
-                held.enter_context(rwlock(repo.tmp_dir, repo.fs, command, [], paths, hardlink))
-                break
-            except LockError as error:
-                waiting.go_on(str(error).splitlines())
-            except DvcException as error:
-                raise HeadstartError(
-                    str(error), where=str(root), do="if no run is under way, delete .dvc/tmp/rwlock"
-                ) from error
+    with _held(root, f"a change of data/{recipe}", log, write=[f"data/{recipe}"]):
         yield
 
 
@@ -280,6 +266,63 @@ class _Waiting:
         self.pause = min(2 * self.pause, 10.0)
 
 
+@contextlib.contextmanager
+def _held(
+    root: Path, whose: str, log: Callable[[str], None], *, read: Sequence[str] = (), write: Sequence[str] = ()
+) -> Iterator[None]:
+    """Paths that DVC lets nobody write, or nobody read or write, until this has ended."""
+    from dvc.exceptions import DvcException
+    from dvc.lock import LockError
+    from dvc.repo import Repo
+    from dvc.rwlock import rwlock
+
+    command = " ".join(sys.argv) + runs.mark()
+    reads, writes = ([str(root.resolve() / path) for path in paths] for paths in (read, write))
+    waiting = _Waiting(whose, root, log, STAGE_BUSY)
+    with Repo(str(root)) as repo, contextlib.ExitStack() as held:
+        while True:
+            _forget_the_dead(root)
+            try:
+                held.enter_context(rwlock(repo.tmp_dir, repo.fs, command, reads, writes, _hardlink(repo)))
+                break
+            except LockError as error:
+                waiting.go_on(str(error).splitlines())
+            except DvcException as error:
+                raise HeadstartError(
+                    str(error), where=str(root), do=f"if no run is under way, delete {runs.RWLOCK}"
+                ) from error
+        yield
+
+
+def _forget_the_dead(root: Path) -> None:
+    """Take back DVC's notes of processes that are gone, whoever has their numbers now.
+
+    Else such a note would keep everyone away from its paths; and if it looks like one of this process's own,
+    DVC would leave it there, in the way of the commands that this process starts.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc.rwlock import _edit_rwlock  # DVC's own guard of the file
+
+    file = root / runs.RWLOCK
+    with contextlib.suppress(FileNotFoundError, DvcException):  # what DVC cannot read, it says itself
+        if '"pid"' not in file.read_text(encoding="utf-8"):
+            return
+        with Repo(str(root)) as repo, _edit_rwlock(repo.tmp_dir, repo.fs, _hardlink(repo)) as notes:
+            written = file.stat().st_mtime
+            for path, note in list(notes["write"].items()):
+                if not runs.holds(note, written):
+                    del notes["write"][path]
+            for path, several in list(notes["read"].items()):
+                several[:] = [note for note in several if runs.holds(note, written)]
+                if not several:
+                    del notes["read"][path]
+
+
+def _hardlink(repo: Repo) -> bool:
+    return bool(repo.config["core"].get("hardlink_lock", False))
+
+
 def _dvc(
     root: Path,
     arguments: list[str],
@@ -314,6 +357,7 @@ def _dvc(
     waiting = _Waiting(f"`dvc {' '.join(arguments)}`", root, log, patience)
     known: set[str] = set()  # said by an attempt before: once is enough
     while True:
+        _forget_the_dead(root)
         lines = []
         with subprocess.Popen(
             command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

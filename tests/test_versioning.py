@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -351,3 +352,70 @@ def test_a_push_that_fails_says_why_and_one_that_does_not_says_nothing(
     with pytest.raises(HeadstartError) as caught:
         versioning.push(project.root, "moods", told.append)
     assert "Not a directory" in str(caught.value)
+
+
+def noted(project: Project, pid: int, command: str, write: str = "", read: str = "") -> None:
+    """Leave a note as DVC does, of a process that may long be gone."""
+    note = {"pid": pid, "cmd": command}
+    notes = {
+        "write": {str(project.root / write): note} if write else {},
+        "read": {str(project.root / read): [note]} if read else {},
+    }
+    (project.root / ".dvc/tmp/rwlock").write_text(json.dumps(notes))
+
+
+@pytest.mark.parametrize("mark", ["", " [started long ago]"])
+def test_a_killed_run_is_no_obstacle_to_the_next_that_has_its_number_and_its_command(
+    project: Project, monkeypatch: pytest.MonkeyPatch, mark: str
+) -> None:
+    monkeypatch.setattr(versioning, "STAGE_BUSY", 0.0)  # nothing is waited for
+    examples.write_texts(project.root / "data/moods/moods.csv")
+    noted(project, os.getpid(), " ".join(sys.argv) + mark, write="data/moods", read="data")
+    with versioning.writing(project.root, "moods", lambda line: None):
+        pass
+    versioning.version_data(project.root, "moods", lambda line: None)
+    assert versioning.is_fresh(project.root, "data.dvc")
+
+
+@pytest.mark.parametrize("mark", ["", " [started long ago]"])
+def test_a_killed_run_is_no_obstacle_if_a_later_process_has_its_number(
+    project: Project, monkeypatch: pytest.MonkeyPatch, mark: str
+) -> None:
+    monkeypatch.setattr(versioning, "STAGE_BUSY", 0.0)
+    examples.write_texts(project.root / "data/moods/moods.csv")
+    with subprocess.Popen(["sleep", "300"]) as later:
+        try:
+            noted(project, later.pid, f"dvc repro train@moods{mark}", write="data/moods")
+            os.utime(project.root / ".dvc/tmp/rwlock", (0, 0))
+            versioning.version_data(project.root, "moods", lambda line: None)
+            noted(project, later.pid, f"dvc repro train@moods{mark}", write="data/moods")
+            os.utime(project.root / ".dvc/tmp/rwlock", (0, 0))
+            with versioning.writing(project.root, "moods", lambda line: None):
+                pass
+        finally:
+            later.kill()
+
+
+def test_a_run_that_is_under_way_keeps_its_place_though_the_clock_was_set(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versioning, "STAGE_BUSY", 0.0)
+    with subprocess.Popen(["sleep", "300"]) as run:
+        try:
+            noted(project, run.pid, "/usr/bin/sleep 300", write="data/moods")
+            os.utime(project.root / ".dvc/tmp/rwlock", (0, 0))  # long before it started, as it seems now
+            with (
+                pytest.raises(HeadstartError, match="another run is at"),
+                versioning.writing(project.root, "moods", lambda line: None),
+            ):
+                raise AssertionError("nobody may come here")
+        finally:
+            run.kill()
+
+
+def test_what_this_process_holds_is_its_own_while_it_asks_dvc_for_something_else(project: Project) -> None:
+    with versioning.writing(project.root, "moods", lambda line: None):
+        versioning.restore_stage(project.root, "validate@moods")
+        notes = json.loads((project.root / ".dvc/tmp/rwlock").read_text())
+        assert list(notes["write"]) == [str(project.root / "data/moods")]
+    assert '"pid"' not in (project.root / ".dvc/tmp/rwlock").read_text()

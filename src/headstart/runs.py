@@ -1,21 +1,25 @@
 """Runs in progress: which process does the work of each flow run, written down while it lasts.
 
-Goes in: a flow run's id. Comes out: a file for each run in progress, and, after a crash, the runs whose
-process is gone. Never asks a server, and never decides what becomes of a dead run.
+Goes in: a flow run's id, or a note of DVC's. Comes out: a file for each run in progress, and, after a crash, the
+runs and the notes whose process is gone. Never asks a server, and never decides what becomes of a dead run.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 POOL = "headstart"  # the work pool that runs are started from
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # another one each time a Linux machine starts
+RWLOCK = Path(".dvc/tmp/rwlock")  # where DVC writes down which process reads and writes which path
+MARKED = re.compile(r" \[started (.+)\]$")  # at the end of a note of ours there
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Run:
 
     def dead(self) -> bool:
         """Whether its process is gone; of another machine's nothing is known."""
-        return self.host == socket.gethostname() and _started(self.process) != self.started
+        return self.host == socket.gethostname() and started(self.process) != self.started
 
 
 def folder(root: Path) -> Path:
@@ -53,7 +57,7 @@ def in_progress(root: Path, run: str, server: str = "") -> Iterator[None]:
     The note goes when the block ends, well or with an error. It stays when the process is ended from
     outside, by a signal that can be caught or by one that cannot.
     """
-    this = Run(run, server, socket.gethostname(), os.getpid(), _started(os.getpid()) or "")
+    this = Run(run, server, socket.gethostname(), os.getpid(), started(os.getpid()) or "")
     note = folder(root) / f"{run}.json"
     note.parent.mkdir(parents=True, exist_ok=True)
     partial = note.with_suffix(".partial")
@@ -85,7 +89,54 @@ def forget(root: Path, run: Run) -> None:
     (folder(root) / f"{run.id}.json").unlink(missing_ok=True)
 
 
-def _started(process: int) -> str | None:
+def mark() -> str:
+    """What this process adds to its notes in DVC's file, so that they are not taken for another's."""
+    return f" [started {started(os.getpid())}]"
+
+
+def holds(note: Mapping[str, Any], written: float) -> bool:
+    """Whether the process that wrote a note in DVC's file may still be there.
+
+    DVC asks whether its number is taken. But numbers are given out again, and in a container each start gives
+    the same ones. A note of ours says when its process started. Of any other the writer is gone for certain if
+    the number is this process's own, which has nothing there without a mark; and as good as certain if the one
+    that has it started after the file was last written and runs another command. Its start alone is not
+    enough: seconds since 1970 are others once the clock is set.
+
+    Args:
+        note: ``pid`` and ``cmd``, the arguments of its process.
+        written: when the file was written last, in seconds since 1970.
+    """
+    import psutil
+
+    process, command = int(note["pid"]), str(note["cmd"])
+    since = started(process)
+    if since is None:
+        return False
+    if marked := MARKED.search(command):
+        return marked[1] == since
+    if process == os.getpid():
+        return False
+    try:
+        found = psutil.Process(process)
+        return found.create_time() <= written or command.endswith("".join(found.cmdline()[-1:]))
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+def written_now(root: Path, folder: Path) -> bool:
+    """Whether a stage that DVC runs is at work on ``folder``, which DVC deletes before."""
+    with suppress(OSError, ValueError):
+        file = root / RWLOCK
+        at = file.stat().st_mtime
+        note = json.loads(file.read_text(encoding="utf-8")).get("write", {}).get(str(folder.resolve()))
+        return bool(note) and holds(note, at)
+    return False
+
+
+def started(process: int) -> str | None:
     """When a process started, or None if there is none.
 
     On Linux in ticks since this start of the machine. Seconds since 1970 would be others once the clock is
