@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
@@ -48,15 +48,21 @@ def bring(recipe: Recipe, layout: Layout, log: Callable[[str], None]) -> str:
         HeadstartError: the source cannot be had, or the snapshot would change while the splits of
             its earlier rows are not at hand.
     """
-    with alone(layout):
+    with alone(layout, log):
         return brought(recipe, layout, log)
 
 
 @contextlib.contextmanager
-def alone(layout: Layout) -> Iterator[None]:
+def alone(layout: Layout, log: Callable[[str], None]) -> Iterator[None]:
     """The right to change ``data/``: one at a time, as all recipes share data.dvc."""
     (layout.root / ".headstart").mkdir(exist_ok=True)
-    with FileLock(layout.root / ".headstart" / "ingest.lock"):
+    lock = FileLock(layout.root / ".headstart" / "ingest.lock")
+    try:
+        held = lock.acquire(blocking=False)
+    except Timeout:
+        log("another run is taking in data: waiting for it to end")
+        held = lock.acquire()
+    with held:
         yield
 
 

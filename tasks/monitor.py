@@ -12,6 +12,7 @@ from headstart import drift_report, monitoring
 from headstart.drift import Drift
 from headstart.layout import Layout
 from headstart.recipe import Recipe
+from tasks import versioning
 from tasks.events import emit
 from tasks.stage import PATIENT
 
@@ -30,6 +31,7 @@ def monitor(recipe: Recipe, layout: Layout, inputs: Sequence[str] | None = None)
     rows are, how many there are and how many of them have labels.
     """
     log = get_run_logger().info
+    versioning.await_manifest(layout.root, layout.recipe, log)
     found = monitoring.monitor(recipe, layout, inputs)
     if isinstance(found, str):
         log(found)

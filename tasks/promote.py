@@ -8,6 +8,7 @@ from prefect.cache_policies import NO_CACHE
 from headstart import trials
 from headstart.layout import Layout
 from headstart.recipe import Recipe
+from tasks import versioning
 from tasks.events import emit
 from tasks.stage import PATIENT
 
@@ -21,8 +22,10 @@ from tasks.stage import PATIENT
 )
 def promote(recipe: Recipe, layout: Layout, version: str) -> trials.Decided:
     """Judge a version against the champion; what has been judged before is not judged again."""
+    log = get_run_logger().info
+    versioning.await_manifest(layout.root, layout.recipe, log)
     decided = trials.decide(recipe, layout, version)
-    get_run_logger().info(str(decided))
+    log(str(decided))
     if decided.new:
         promoted = decided.champion == decided.version
         emit(

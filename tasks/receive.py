@@ -83,12 +83,12 @@ def take(
 
     Raises:
         HeadstartError: the source or the store of the inbox cannot be reached, the disk is full, or a stage
-            has been reading the data for hours.
+            has been reading the data for a day.
     """
     if wait:
         inbox.settle(recipe, layout)
     received = Received(recipe.name)
-    with alone(layout):
+    with alone(layout, log):
         inbox.bring(recipe, layout)
         names = inbox.pending(layout)
         if names and not layout.raw.exists():

@@ -95,7 +95,7 @@ def reproduce(
 
     Raises:
         HeadstartError: the stage's own error; if it died without one, DVC's last words; or another run
-            has held it for hours.
+            has held it for a day.
     """
     with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
         error_file = Path(folder) / "error.json"
@@ -113,10 +113,21 @@ def writing(root: Path, recipe: str, log: Callable[[str], None]) -> Iterator[Non
     What asks DVC for the same path, such as ``dvc add``, must wait until this has ended.
 
     Raises:
-        HeadstartError: another run has held it for hours, or DVC cannot tell who does.
+        HeadstartError: another run has held it for a day, or DVC cannot tell who does.
     """
     with _held(root, f"a change of data/{recipe}", log, write=[f"data/{recipe}"]):
         yield
+
+
+def await_manifest(root: Path, recipe: str, log: Callable[[str], None]) -> None:
+    """Wait while a run is at ``validate``, before which DVC deletes what it made last time.
+
+    Raises:
+        HeadstartError: as of ``writing``.
+    """
+    outputs = [f"{folder}/{recipe}" for folder in ("manifest", "truth")]
+    with _held(root, f"a look at manifest/{recipe}", log, read=outputs):
+        pass
 
 
 def version_data(root: Path, recipe: str, log: Callable[[str], None]) -> None:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from flows import watch
-from headstart import inbox
+from headstart import inbox, trials
 from headstart.errors import HeadstartError
 from headstart.layout import EARLIER_SPLITS, Layout
 from tasks import ingest, receive, versioning
@@ -258,12 +258,21 @@ def test_a_rejected_batch_is_told_of_though_a_later_one_ends_the_run(project: Pr
     assert told["bad"].what == "the batch bad is rejected: 1 failure"
 
 
+def noted(project: Project, pid: int, command: str, write: str = "", read: str = "") -> None:
+    """Leave a note as DVC does, of a process that may long be gone."""
+    note = {"pid": pid, "cmd": command}
+    notes = {
+        "write": {str(project.root / write): note} if write else {},
+        "read": {str(project.root / read): [note]} if read else {},
+    }
+    (project.root / ".dvc/tmp/rwlock").write_text(json.dumps(notes))
+
+
 @contextlib.contextmanager
-def reading(project: Project, path: str) -> Iterator[subprocess.Popen[bytes]]:
+def reading(project: Project, path: str, write: str = "") -> Iterator[subprocess.Popen[bytes]]:
     """A process that DVC takes for one whose stage reads this path."""
     with subprocess.Popen(["sleep", "300"]) as reader:
-        note = {"write": {}, "read": {str(project.root / path): [{"pid": reader.pid, "cmd": "dvc repro"}]}}
-        (project.root / ".dvc/tmp/rwlock").write_text(json.dumps(note))
+        noted(project, reader.pid, "dvc repro", read=path, write=write)
         try:
             yield reader
         finally:
@@ -354,16 +363,6 @@ def test_a_push_that_fails_says_why_and_one_that_does_not_says_nothing(
     assert "Not a directory" in str(caught.value)
 
 
-def noted(project: Project, pid: int, command: str, write: str = "", read: str = "") -> None:
-    """Leave a note as DVC does, of a process that may long be gone."""
-    note = {"pid": pid, "cmd": command}
-    notes = {
-        "write": {str(project.root / write): note} if write else {},
-        "read": {str(project.root / read): [note]} if read else {},
-    }
-    (project.root / ".dvc/tmp/rwlock").write_text(json.dumps(notes))
-
-
 @pytest.mark.parametrize("mark", ["", " [started long ago]"])
 def test_a_killed_run_is_no_obstacle_to_the_next_that_has_its_number_and_its_command(
     project: Project, monkeypatch: pytest.MonkeyPatch, mark: str
@@ -419,3 +418,39 @@ def test_what_this_process_holds_is_its_own_while_it_asks_dvc_for_something_else
         notes = json.loads((project.root / ".dvc/tmp/rwlock").read_text())
         assert list(notes["write"]) == [str(project.root / "data/moods")]
     assert '"pid"' not in (project.root / ".dvc/tmp/rwlock").read_text()
+
+
+def test_rows_that_validate_is_making_anew_are_waited_for_and_whoever_does_not_wait_is_told(
+    project: Project,
+) -> None:
+    layout, told = Layout(project.root, "moods"), list[str]()
+    with reading(project, "data/moods", write="manifest/moods") as stage:
+        with pytest.raises(HeadstartError, match="validate@moods is running") as caught:
+            trials.manifest(layout, "the test rows are missing")
+        assert caught.value.transient
+
+        def log(line: str) -> None:
+            told.append(line)
+            if line.startswith("waiting"):
+                stage.kill()
+                stage.wait()
+
+        versioning.await_manifest(project.root, "moods", log)
+    assert sum(versioning.BLOCKED in line for line in told) == 1
+    with pytest.raises(HeadstartError, match="dvc repro validate@moods") as caught:
+        trials.manifest(layout, "the test rows are missing")
+    assert not caught.value.transient
+
+
+def test_a_run_that_waits_until_another_has_taken_in_data_says_so(tmp_path: Path) -> None:
+    layout, told = Layout(tmp_path, "moods"), list[str]()
+    with contextlib.ExitStack() as other:
+        other.enter_context(ingest.alone(layout, told.append))
+        assert not told
+
+        def log(line: str) -> None:
+            told.append(line)
+            other.close()
+
+        with ingest.alone(layout, log):
+            assert told == ["another run is taking in data: waiting for it to end"]

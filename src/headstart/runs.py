@@ -1,7 +1,7 @@
 """Runs in progress: which process does the work of each flow run, written down while it lasts.
 
-Goes in: a flow run's id, or a note of DVC's. Comes out: a file for each run in progress, and, after a crash, the
-runs and the notes whose process is gone. Never asks a server, and never decides what becomes of a dead run.
+Goes in: a flow run's id, or a note of DVC's. Comes out: a file for each run in progress, and, after a crash,
+the runs and the notes whose process is gone. Never asks a server, nor decides what becomes of a dead run.
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ def holds(note: Mapping[str, Any], written: float) -> bool:
     """Whether the process that wrote a note in DVC's file may still be there.
 
     DVC asks whether its number is taken. But numbers are given out again, and in a container each start gives
-    the same ones. A note of ours says when its process started. Of any other the writer is gone for certain if
-    the number is this process's own, which has nothing there without a mark; and as good as certain if the one
-    that has it started after the file was last written and runs another command. Its start alone is not
-    enough: seconds since 1970 are others once the clock is set.
+    the same ones. A note of ours says when its process started. The writer of any other is gone if its number
+    is this process's own, which has nothing there without a mark; or if the process that has it started after
+    the file was last written, and runs another command. Its start alone would not do: seconds since 1970 are
+    others once the clock is set.
 
     Args:
         note: ``pid`` and ``cmd``, the arguments of its process.

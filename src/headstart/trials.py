@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from headstart import evaluation, gate, models, promotion, stores
+from headstart import evaluation, gate, models, promotion, runs, stores
 from headstart.errors import HeadstartError, unmade
 from headstart.gate import Judged, Verdict
 from headstart.layout import HIDDEN, Layout, sha256_of
@@ -308,12 +308,15 @@ def manifest(layout: Layout, missing: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every row of the manifest, and the labels that were put aside: ``id``, ``label``.
 
     Raises:
-        HeadstartError: ``missing``, if they are not here.
+        HeadstartError: ``missing``, if they are not here (transient, while ``validate`` is at work on them).
     """
     try:
         rows = pd.read_parquet(layout.manifest / "manifest.parquet")
         return rows, pd.read_parquet(layout.truth / "labels.parquet")
     except FileNotFoundError as error:
+        if runs.written_now(layout.root, layout.manifest):
+            where, do = f"validate@{layout.recipe} is running", "try again when it has ended"
+            raise HeadstartError(missing, where, do, transient=True) from None
         raise unmade(missing, error, layout.recipe, "validate") from None
 
 
