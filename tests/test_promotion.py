@@ -133,6 +133,43 @@ def test_every_model_and_every_alias_is_listed(registry: str) -> None:
         promotion.known(client, "a001")
 
 
+def test_a_list_has_the_metrics_of_every_version_and_asks_for_many_at_a_time(
+    registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = promotion.opened()
+    for place, experiment in enumerate(("moods", "moods2", "moods")):
+        found = client.get_experiment_by_name(experiment)
+        run = client.create_run(found.experiment_id if found else client.create_experiment(experiment))
+        client.log_metric(run.info.run_id, "test.accuracy.value", place / 10)
+        client.create_model_version(NAME, source="file:///nowhere", run_id=run.info.run_id)
+    client.delete_run(run.info.run_id)  # in MLflow: until `mlflow gc` its figures are known
+    monkeypatch.setattr(promotion, "RUNS", 2)
+    monkeypatch.setattr(MlflowClient, "get_run", lambda *_: pytest.fail("a request for each version"))
+    lines = promotion.table(client, NAME)
+    assert [line["accuracy"] for line in lines] == [0.2, 0.1, 0.0, None, None, None, None]
+
+
+def test_whoever_asks_about_one_version_does_not_read_all_of_them(
+    registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = promotion.opened()
+    client.set_model_version_tag(NAME, "2", promotion.DIGEST, "abc")
+    assert [str(each.version) for each in promotion.versions(client, NAME, "abc")] == ["2"]
+    monkeypatch.setattr(promotion, "versions", lambda *_: pytest.fail("all versions were read"))
+    assert str(promotion.newest(client, NAME).version) == "4"
+    crown(client, "1")
+    crown(client, "2", "1")
+    promotion.rollback(client, NAME, "undone")
+    assert promotion.tags(client, NAME, "2").keys() > {promotion.DIGEST}
+
+
+@pytest.mark.parametrize("version", ["5", "02", "two"])
+def test_a_version_that_is_not_there_is_answered_with_those_that_are(registry: str, version: str) -> None:
+    with pytest.raises(HeadstartError, match=f"moods has no version {version}") as caught:
+        promotion.tags(promotion.opened(), NAME, version)
+    assert caught.value.do == "it has 1, 2, 3, 4"
+
+
 def test_proof_against_a_champion_that_is_gone_promotes_nobody(registry: str) -> None:
     client = promotion.opened()
     crown(client, "1")

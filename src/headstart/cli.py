@@ -233,7 +233,7 @@ def models(
         ]
         print(_columns(lines) if lines else "no model is registered yet")
     elif history:
-        promotion.known(client, name)
+        promotion.newest(client, name)  # or there is no such model
         for entry in promotion.history(client, name):
             print(f"{entry.number:>4}  version {entry.version}  {entry}  [{entry.by}]")
     else:
@@ -264,7 +264,7 @@ def promote(
             "a promotion without proof needs a reason", do='add --because "...", which the history keeps'
         )
     client = promotion.opened()
-    newest = str(promotion.known(client, name)[0].version)
+    newest = str(promotion.newest(client, name).version)
     chosen = version or promotion.aliases(client, name).get(promotion.CANDIDATE, newest)
     promotion.tags(client, name, chosen)  # or there is no such version
     promotion.crown(client, name, chosen, [because], forced=True)
@@ -281,7 +281,7 @@ def rollback(
 
     _anywhere()
     client = promotion.opened()
-    promotion.known(client, name)
+    promotion.newest(client, name)  # or there is no such model
     undone = promotion.rollback(client, name, because)
     print(f"{name}: {undone.reasons[-1]}, version {undone.version} was rolled back")
 

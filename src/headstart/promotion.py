@@ -18,7 +18,7 @@ import getpass
 import hashlib
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -31,13 +31,16 @@ from headstart.errors import HeadstartError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.store.entities import PagedList
 
 CANDIDATE, CHALLENGER, CHAMPION, PREVIOUS = ALIASES = ("candidate", "challenger", "champion", "previous")
 PENDING = "headstart.pending"
 COUNT = "headstart.decisions"
+DIGEST = "headstart.digest"
 ENTRY = "headstart.decision."  # and the number of the decision, from 1 for each model
 VERDICT = "headstart.verdict"
 PATIENCE = 300  # seconds to wait for whoever else decides about the same model
+RUNS = 200  # asked for at a time
 LONGEST = 3000  # characters of all reasons: PostgreSQL holds 5,000 in a model's tag
 
 Action = Literal["promoted", "refused", "forced", "rolled back"]
@@ -83,29 +86,43 @@ def aliases(client: MlflowClient, name: str) -> dict[str, str]:
         raise
 
 
+def _all(ask: Callable[..., PagedList[Any]], *about: Any, **options: Any) -> list[Any]:
+    """What a search of MLflow's finds, on all its pages."""
+    page = ask(*about, **options)
+    found = list(page)
+    while page.token:
+        page = ask(*about, **options, page_token=page.token)
+        found += page
+    return found
+
+
 def models(client: MlflowClient) -> list[str]:
     """The names of all models."""
-    found: list[str] = []
-    token = None
-    while True:
-        page = client.search_registered_models(page_token=token)
-        found += [model.name for model in page]
-        token = page.token
-        if not token:
-            return sorted(found)
+    return sorted(model.name for model in _all(client.search_registered_models))
 
 
-def versions(client: MlflowClient, name: str) -> list[ModelVersion]:
-    """All versions, newest first."""
+def versions(client: MlflowClient, name: str, digest: str | None = None) -> list[ModelVersion]:
+    """All versions, newest first; or those that carry a digest. Of thousands, all take seconds."""
+    wanted = _named(name) + (f" and tags.`{DIGEST}` = '{digest}'" if digest else "")
+    return sorted(_all(client.search_model_versions, wanted), key=lambda version: -int(version.version))
+
+
+def _named(name: str) -> str:
     quoted = name.replace("'", "\\'")
-    found: list[ModelVersion] = []
-    token = None
-    while True:
-        page = client.search_model_versions(f"name = '{quoted}'", page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            return sorted(found, key=lambda version: -int(version.version))
+    return f"name = '{quoted}'"
+
+
+def _version(client: MlflowClient, name: str, number: str) -> ModelVersion | None:
+    """One version, or None if there is none of this number."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = client.get_model_version(name, number)
+    except MlflowException as error:
+        if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:  # or it is no number
+            return None
+        raise
+    return found if str(found.version) == number else None
 
 
 def entries(tags: dict[str, str]) -> list[Entry]:
@@ -219,7 +236,7 @@ def rollback(client: MlflowClient, name: str, because: str) -> Entry:
         undone, restored = now.aliases[CHAMPION], now.aliases[PREVIOUS]
         standing = _standing(entries(client.get_model_version(name, restored).tags))
         before = standing[-1].champion if standing else None
-        if before not in {str(each.version) for each in versions(client, name)}:
+        if before and not _version(client, name, before):
             before = None  # somebody has deleted it since
         reasons = [because, f"version {restored} is champion again"]
         entry = now.entry("rolled back", reasons, version=undone, champion=undone)
@@ -292,7 +309,8 @@ def _apply(client: MlflowClient, name: str, entry: Entry, change: dict[str, str 
 
     Of versions that somebody has deleted meanwhile nothing is written: it would fail at every later turn too.
     """
-    there = {str(each.version) for each in versions(client, name)}
+    touched = {entry.version, *filter(None, change.values())}
+    there = {number for number in touched if _version(client, name, number)}
     if entry.version in there:
         client.set_model_version_tag(name, entry.version, f"{ENTRY}{entry.number:06}", _json(asdict(entry)))
     if CHAMPION in change and change[CHAMPION] not in there:
@@ -408,19 +426,29 @@ def known(client: MlflowClient, name: str) -> list[ModelVersion]:
     Raises:
         HeadstartError: there is no such model; names the nearest.
     """
-    found = versions(client, name)
-    if not found:
-        import difflib
+    newest(client, name)
+    return versions(client, name)
 
-        names = models(client)
-        if name in names:
-            raise HeadstartError(f"the model {name} has no version yet", do="register one: `headstart run`")
-        near = difflib.get_close_matches(name, names, n=1)
-        raise HeadstartError(
-            f"the registry has no model {name}",
-            do=f"did you mean {near[0]}?" if near else f"it has {', '.join(names) or 'none yet'}",
-        )
-    return found
+
+def newest(client: MlflowClient, name: str) -> ModelVersion:
+    """The newest version of a model that must exist.
+
+    Raises:
+        HeadstartError: there is no such model; names the nearest.
+    """
+    order = ["version_number DESC"]
+    if found := client.search_model_versions(_named(name), max_results=1, order_by=order):
+        return found[0]
+    import difflib
+
+    names = models(client)
+    if name in names:
+        raise HeadstartError(f"the model {name} has no version yet", do="register one: `headstart run`")
+    near = difflib.get_close_matches(name, names, n=1)
+    raise HeadstartError(
+        f"the registry has no model {name}",
+        do=f"did you mean {near[0]}?" if near else f"it has {', '.join(names) or 'none yet'}",
+    )
 
 
 def tags(client: MlflowClient, name: str, version: str) -> dict[str, str]:
@@ -429,11 +457,11 @@ def tags(client: MlflowClient, name: str, version: str) -> dict[str, str]:
     Raises:
         HeadstartError: there is no such version.
     """
-    found = {str(each.version): dict(each.tags) for each in known(client, name)}
-    if version not in found:
-        numbers = ", ".join(sorted(found, key=int))
+    found = _version(client, name, version)
+    if found is None:
+        numbers = ", ".join(str(each.version) for each in reversed(known(client, name)))
         raise HeadstartError(f"{name} has no version {version}", do=f"it has {numbers}")
-    return found[version]
+    return dict(found.tags)
 
 
 def _place(alias: str) -> tuple[int, str]:
@@ -441,15 +469,33 @@ def _place(alias: str) -> tuple[int, str]:
     return (ALIASES.index(alias), "") if alias in ALIASES else (len(ALIASES), alias)
 
 
+def _metrics(client: MlflowClient, runs: list[str]) -> dict[str, dict[str, float]]:
+    """Metrics by run. A request for each would take minutes for thousands."""
+    from mlflow.entities import ViewType
+
+    experiments = _all(client.search_experiments, view_type=ViewType.ALL)
+    found = {}
+    for start in range(0, len(runs), RUNS):
+        some = ", ".join(f"'{run}'" for run in runs[start : start + RUNS])
+        for run in client.search_runs(
+            [experiment.experiment_id for experiment in experiments],
+            f"attributes.run_id IN ({some})",
+            run_view_type=ViewType.ALL,
+        ):
+            found[run.info.run_id] = run.data.metrics
+    return found
+
+
 def table(client: MlflowClient, name: str) -> list[dict[str, Any]]:
     """One line per version, newest first: aliases, test metrics, data and the latest decision."""
     by_version: dict[str, list[str]] = {}
     for alias, version in aliases(client, name).items():
         by_version.setdefault(version, []).append(alias)
-    lines = []
-    for version in known(client, name):
+    lines, found = [], known(client, name)
+    metrics = _metrics(client, [version.run_id for version in found if version.run_id])
+    for version in found:
         number = str(version.version)
-        measured = client.get_run(version.run_id).data.metrics if version.run_id else {}
+        measured = metrics.get(version.run_id, {})
         decided = entries(version.tags)
         lines.append(
             {

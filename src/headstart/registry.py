@@ -136,10 +136,7 @@ def batches_of(version: ModelVersion) -> list[str]:
 
 def _find(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
     """The newest version that carries ``digest``, if it is complete."""
-    matching = (
-        found for found in promotion.versions(client, name) if found.tags.get("headstart.digest") == digest
-    )
-    return next(matching, None)
+    return next(iter(promotion.versions(client, name, digest)), None)
 
 
 def _clear(client: MlflowClient, layout: Layout, digest: str, kept: str | None) -> None:

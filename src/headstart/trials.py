@@ -96,7 +96,7 @@ def decide(recipe: Recipe, layout: Layout, version: str | None = None) -> Decide
     client, name = promotion.opened(), recipe.model_name
     asking = partial(stores.asked, "the model registry stopped answering")
     with asking():
-        promotion.known(client, name)
+        promotion.newest(client, name)  # or there is no such model
     for _ in range(TRIES):
         with asking():
             now = _present(client, name, version)
@@ -220,8 +220,8 @@ def _judge(recipe: Recipe, layout: Layout, version: str, rival: str | None, *, r
 def decided_about(recipe: Recipe, digest: str) -> Decided | None:
     """What has been decided about the version with this digest, if it is registered and was judged."""
     client, name = promotion.opened(), recipe.model_name
-    for version in promotion.versions(client, name):
-        if version.tags.get("headstart.digest") == digest and (decided := promotion.entries(version.tags)):
+    for version in promotion.versions(client, name, digest):
+        if decided := promotion.entries(version.tags):
             champion = promotion.champion_of(client, name)
             verdict, judged = verdict_of(version.tags), _judged(decided)
             number = str(version.version)
