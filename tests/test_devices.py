@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart import devices
+from headstart import devices, environment
 from headstart.errors import HeadstartError
 
 
@@ -110,13 +110,13 @@ def test_several_processes_do_not_each_train_the_same_model_on_a_device_they_can
 def test_a_container_has_the_cores_of_its_quota_and_not_those_of_its_host(
     quota: str | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(environment, "CPU_LIMIT", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if quota:
-        devices.QUOTA.write_text(f"{quota}\n")
-    assert devices.cores() == expected
+        environment.CPU_LIMIT.write_text(f"{quota}\n")
+    assert environment.cores() == expected
     devices.keep_to_quota()
     assert os.environ.get("OMP_NUM_THREADS") == (None if expected == 64 else str(expected))
     os.environ["OMP_NUM_THREADS"] = "3"
@@ -127,9 +127,9 @@ def test_a_container_has_the_cores_of_its_quota_and_not_those_of_its_host(
 def test_a_process_that_is_bound_to_some_cores_counts_those(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(environment, "CPU_LIMIT", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
-    assert devices.cores() == 2
+    assert environment.cores() == 2
 
 
 @pytest.mark.parametrize(("on", "gpus", "expected"), [("cpu", 4, 1), ("cuda", 4, 4), ("cuda:1", 4, 1)])

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoModel
 
-from headstart import devices, features, images, packs, precision, texts, validation
+from headstart import devices, environment, features, images, packs, precision, texts, validation
 from headstart.backbones import Spec
 from headstart.errors import HeadstartError
 from headstart.features import Extractor, Packed, Tapped, arithmetic_for
@@ -369,7 +369,7 @@ def test_a_gpu_is_read_ahead_for_by_bytes_whatever_the_number_of_cores(
             started.append(int(rows[0]))
             return (np.zeros(1000, np.uint8),)
 
-    monkeypatch.setattr(devices, "cores", lambda: 64)
+    monkeypatch.setattr(environment, "cores", lambda: 64)
     monkeypatch.setattr(features, "READ_AHEAD", 4000)
     large = Large()
     for place, (rows, _) in enumerate(features._read(large, large.batches, overlap=True)):

@@ -828,3 +828,18 @@ def test_killed_at_any_write_the_same_command_ends_as_if_undisturbed(tmp_path: P
         if ended == 0:
             break
     assert killed > 10
+
+
+def test_a_batch_that_was_told_of_by_a_clock_that_ran_ahead_is_told_of_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = texts(tmp_path)
+    drop(layout, "tuesday.csv")
+    inbox.look(recipe(), layout)
+    inbox.tell(layout, ["tuesday.csv"])
+    assert [arrival.told for arrival in inbox.look(recipe(), layout)] == [True]
+    now = time.time()
+    with monkeypatch.context() as ahead:
+        ahead.setattr(time, "time", lambda: now + 10 * inbox.REMIND)
+        inbox.tell(layout, ["tuesday.csv"])
+    assert [arrival.told for arrival in inbox.look(recipe(), layout)] == [False]

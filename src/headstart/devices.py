@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from headstart import environment
 from headstart.errors import HeadstartError
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 DEVICE = "HEADSTART_DEVICE"
 PROCESSES = "HEADSTART_PROCESSES"
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of computing, in a period of so many
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -70,23 +69,13 @@ def processes() -> int:
     return int(wanted)
 
 
-def cores() -> int:
-    """Cores that this process may use: those that it is bound to, and no more than its container's quota."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = QUOTA.read_text(encoding="ascii").split()
-        return min(bound, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no container, or no quota: "max 100000"
-        return bound
-
-
 def keep_to_quota() -> None:
-    """Let libraries that are loaded later, torch among them, and processes started from here use ``cores()``.
+    """Let libraries that are loaded later, torch among them, compute in no more threads than are given cores.
 
     Of their own accord they count the cores of the host, and a container of 4 among 64 would run 64 threads.
     """
-    if cores() < (os.cpu_count() or 1):
-        os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
+    if environment.cores() < (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_NUM_THREADS", str(environment.cores()))
 
 
 def keep_memory() -> None:

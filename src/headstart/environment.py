@@ -26,6 +26,7 @@ QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "TOKENIZERS_PARALLELISM": "true",
 }
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time, and in how many
 THIS_MACHINE = ("127.0.0.1", "localhost")
 # Files of a project that Prefect reads its settings from, and what stands in those that have any.
 PREFECTS_FILES = {"prefect.toml": "", ".env": "prefect_", "pyproject.toml": "[tool.prefect"}
@@ -37,6 +38,15 @@ def quiet() -> bool:
     It was told so, or it is one of several that train together, of which the first speaks for all.
     """
     return os.environ.get("HEADSTART_QUIET") == "1" or os.environ.get("RANK", "0") != "0"
+
+
+def cores() -> int:
+    """Processor cores that this process may use; its container may have been given fewer than there are."""
+    may = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no container of Linux's, or one without a limit: `max`
+        quota, period = map(int, CPU_LIMIT.read_text(encoding="ascii").split())
+        may = max(1, min(may, round(quota / period)))
+    return may
 
 
 def project_root(start: Path | None = None) -> Path:

@@ -31,7 +31,18 @@ import torch._inductor.config
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from headstart import augmentation, backbones, devices, earlier, images, mojibake, packs, precision, texts
+from headstart import (
+    augmentation,
+    backbones,
+    devices,
+    earlier,
+    environment,
+    images,
+    mojibake,
+    packs,
+    precision,
+    texts,
+)
 from headstart.errors import HeadstartError, unmade
 from headstart.layout import Layout, sha256_of, unwritable_named, written_whole
 from headstart.packs import Pack, Sentences
@@ -641,7 +652,7 @@ def _read(
 
     With ``overlap`` the next few batches are read while the caller works on one; without, never meanwhile.
     """
-    threads = devices.cores()
+    threads = environment.cores()
     most = 4 * threads
     with ThreadPoolExecutor(threads) as pool:
         if not overlap:

@@ -98,7 +98,7 @@ def look(recipe: Recipe, layout: Layout) -> list[Arrival]:
                 waits = f"nothing may change for another {still:.0f} s"
             if not waits and STAYS in entry:
                 waits = "it is rejected until it changes"
-            told = now - entry.get("told", 0) < REMIND
+            told = 0 <= now - entry.get("told", 0) < REMIND  # a clock may have been ahead
             arrivals.append(Arrival(name, waits, not unfinished and still > 0, told))
         return sorted(arrivals, key=lambda arrival: (known[arrival.name]["since"], arrival.name))
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from headstart import devices
+from headstart import devices, environment
 from headstart.errors import HeadstartError
 from headstart.stages import ERROR_FILE
 
@@ -59,11 +59,11 @@ def train(recipe: Path, processes: int) -> None:
             logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=others),
         )
         # The cores are shared out: each process of its own accord would take them all.
-        threads = str(max(1, devices.cores() // processes))
-        environment = {"OMP_NUM_THREADS": threads} | os.environ | {ERROR_FILE: str(told), LAUNCHED: "1"}
+        threads = str(max(1, environment.cores() // processes))
+        given = {"OMP_NUM_THREADS": threads} | os.environ | {ERROR_FILE: str(told), LAUNCHED: "1"}
         command = ["-m", "headstart.cli", "stage", "train", str(recipe)]
         before = dict(os.environ)
-        os.environ.update(environment)
+        os.environ.update(given)
         try:
             elastic_launch(config, sys.executable)(*command)
         except ChildFailedError as error:

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from headstart import adapters, batches, duplicates, images, progress, schemas, splits
+from headstart import adapters, batches, duplicates, environment, images, progress, schemas, splits
 from headstart.errors import HeadstartError
 from headstart.layout import EARLIER_SPLITS, HIDDEN, Layout, written_whole
 from headstart.recipe import Recipe, Validate
@@ -34,7 +34,6 @@ REPEATS = "repeats a row of a more protected split"
 ALIEN = "of a domain that is neither source nor target"
 TIES = "repeats earlier rows of another split"
 SHOWN_PER_RULE = 20
-DECODERS = 2  # Pillow decodes without holding the interpreter's lock
 PICTURES_AT_ONCE = 1000
 # Of a 16-bit picture the upper eight bits count. Cameras and scanners with 8 or 12 bits fill files of 16 from
 # below: values that all end below an eighth of the range leave at most 32 of 256 greys. One picture may be
@@ -176,12 +175,11 @@ def named(frame: pd.DataFrame, labels: pd.DataFrame) -> list[list[int]]:
         if batch:
             within[row.removeprefix(f".batches/{batch}/")].append(i)
     found = []
-    after = labels["after"] if "after" in labels else [None] * len(labels)
+    after = labels["after"].tolist() if "after" in labels else [None] * len(labels)
+    lists = {id(there): there for there in after}  # the labels of one batch share theirs
+    among = {key: {"", *(of_row if there is None else there)} for key, there in lists.items()}
     for name, there in zip(labels["id"], after, strict=True):
-        both = (
-            [i for i in rows.get(name, []) if there is None or of_row[i] in {"", *there}]
-            for rows in (whole, within)
-        )
+        both = ([i for i in rows.get(name, []) if of_row[i] in among[id(there)]] for rows in (whole, within))
         found.append(next(filter(None, both), []))
     return found
 
@@ -335,7 +333,7 @@ def look_at(raw: Path, paths: list[str], min_side: int) -> Pictures:
     modes: Counter[str] = Counter()
     animated = 0
     with (
-        ThreadPoolExecutor(DECODERS) as pool,
+        ThreadPoolExecutor(environment.cores()) as pool,  # Pillow decodes without the interpreter's lock
         progress.bar(total=len(paths), desc="checking images", unit="images") as shown,
         warnings.catch_warnings(),
     ):
@@ -513,15 +511,21 @@ def _repeats(known: _Known, pairs: duplicates.Pairs) -> Bools:
     """
     code, rank = known.code, known.rank
     gone, near = np.zeros(len(code), bool), np.unique(code[pairs], axis=0)
-    for batch in np.unique(known.came[known.fixed]):
-        here = known.fixed & (known.came == batch)
+    near = near[near[:, 0] != near[:, 1]]
+    rows = np.flatnonzero(known.fixed)
+    rows = rows[np.argsort(known.came[rows], kind="stable")]
+    marked = np.zeros(code.max() + 1, bool)  # by content; all unmarked again after each use
+    for here in np.split(rows, np.flatnonzero(np.diff(known.came[rows])) + 1):
+        marked[code[here]] = True
+        alike = near[marked[near].all(axis=1)]
+        marked[code[here]] = False
         for level in np.unique(rank[here])[::-1]:
-            held = np.zeros(code.max() + 1, bool)
-            held[code[here & ~gone & (rank == level)]] = True
-            reached = held.copy()
-            for one, other in (near.T, near.T[::-1]):
-                reached[one[held[other]]] = True
-            gone |= here & (rank < level) & reached[code]
+            held = code[here[~gone[here] & (rank[here] == level)]]
+            marked[held] = True
+            reached = np.concatenate([held, *(one[marked[other]] for one, other in (alike.T, alike.T[::-1]))])
+            marked[reached] = True
+            gone[here[(rank[here] < level) & marked[code[here]]]] = True
+            marked[reached] = False
     return gone
 
 
