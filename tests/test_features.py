@@ -715,6 +715,10 @@ def test_rows_are_looked_at_anew_when_the_way_has_changed_or_what_was_kept_is_da
     assert run(monkeypatch, image_recipe(tmp_path), layout) == 0
     assert run(monkeypatch, image_recipe(tmp_path, layers=["conv_head"]), layout) == 20
     assert run(monkeypatch, image_recipe(tmp_path), layout) == 20
+    with monkeypatch.context() as upgraded:
+        upgraded.setattr("headstart.features.version", lambda package: f"newer {package}")
+        assert run(monkeypatch, image_recipe(tmp_path), layout) == 20
+    assert run(monkeypatch, image_recipe(tmp_path), layout) == 20
     whole = contents(layout.features)
     kept = layout.work / "extracted/features.npy"
     kept.unlink()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from headstart import features
 from headstart.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +65,11 @@ def test_a_stage_depends_on_every_module_that_it_uses(stage: str) -> None:
     graph = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
     declared = {Path(dep).stem for dep in graph["stages"][stage]["deps"] if dep.startswith("src/")}
     assert declared == library_modules_used(STAGES[stage].split(":")[0].removeprefix("headstart."))
+
+
+def test_vectors_are_kept_only_as_long_as_all_code_that_makes_them_is_the_same() -> None:
+    moving_files, in_the_key = {"earlier", "layout"}, {"recipe"}
+    assert {*features.MODULES} == library_modules_used("features") - moving_files - in_the_key
 
 
 @pytest.mark.parametrize("stage", ["validate", "evaluate", "train"])

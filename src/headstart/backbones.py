@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     State = dict[str, Tensor]
 
 
+# Whose versions decide what a backbone makes of a row, beside PyTorch's: its network's, and what reads the row.
+PACKAGES = {
+    "timm": ("pillow", "timm", "torchvision"),
+    "torchvision": ("pillow", "torchvision"),
+    "transformers": ("ftfy", "tokenizers", "transformers"),
+}
+
+
 @dataclass(frozen=True)
 class Spec:
     """What ``spec.json`` says of a backbone; preprocessing belongs to the backbone, never to a loop."""

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from difflib import get_close_matches
 from functools import partial
+from importlib.metadata import version
 from math import ceil, inf, prod
 from pathlib import Path
 from threading import Lock
@@ -54,6 +55,20 @@ Rows = NDArray[np.int64]
 Item = str | bytes | Path
 Form = tuple[tuple[int, ...], str]  # shape and dtype of an array
 
+# Whose code decides what a row's vectors are. Of the others that the stage uses, `layout` and `earlier` move
+# files about, and what `recipe` says is in the options.
+MODULES = (
+    "attention",
+    "augmentation",
+    "backbones",
+    "devices",
+    "features",
+    "images",
+    "mojibake",
+    "packs",
+    "precision",
+    "texts",
+)
 # On a CPU a batch should stay in its caches, on a GPU it should fill it.
 IMAGES_PER_BATCH = {"cpu": 8}
 TOKENS_PER_BATCH = {"cpu": 4096}
@@ -553,26 +568,12 @@ def _extract(
 
 def _digest(extractor: Extractor, arithmetic: Arithmetic, key: dict[str, Any]) -> str:
     """A name for a way to make arrays: all that a row's part of them depends on, but the row."""
-    library = Path(__file__).parent
-    files = [
-        library / f"{name}.py"
-        for name in (
-            "attention",
-            "augmentation",
-            "backbones",
-            "devices",
-            "features",
-            "images",
-            "mojibake",
-            "packs",
-            "precision",
-            "texts",
-        )
-    ]
+    files = [Path(__file__).with_name(f"{name}.py") for name in MODULES]
     files += sorted(extractor.weights.glob("*.json"))  # spec.json holds the digest of the weights
     content = [sha256_of(file) for file in files]
     biases = [(name, bias.cpu().numpy().tobytes().hex()) for name, bias in sorted(arithmetic.biases.items())]
     machine = [extractor.device.type, torch.__version__]
+    machine += [version(package) for package in backbones.PACKAGES[extractor.spec.library]]
     text = json.dumps([key, extractor.options.model_dump(), content, biases, machine], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

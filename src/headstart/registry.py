@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from headstart import models, promotion, sources, stamps, stores
+from headstart import backbones, models, promotion, sources, stamps, stores
 from headstart.errors import HeadstartError
 from headstart.layout import Layout, sha256_of
 from headstart.promotion import CANDIDATE
@@ -36,13 +36,8 @@ BATCHES = "batches.json"  # in a run's files: the batches that its model was tra
 BATCHES_TAG = "headstart.batches"  # where older versions have them; a tag holds only so many
 BATCH = 1000  # metrics per request: the most that MLflow takes
 LONGEST = 100  # characters of a part of a metric's or parameter's name: MLflow takes 250 of the whole
-# What the served model imports, besides the library of its backbone.
+# What the served model imports, besides what its backbone needs.
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "torch", "tqdm")
-BACKBONE_REQUIREMENTS = {
-    "timm": ("timm", "torchvision"),
-    "torchvision": ("torchvision",),
-    "transformers": ("ftfy", "tokenizers", "transformers"),
-}
 
 
 @dataclass(frozen=True)
@@ -222,7 +217,7 @@ def _log_model(recipe: Recipe, layout: Layout) -> Any:
         [ColSpec(DataType.string, "label"), *(ColSpec(DataType.double, f"p:{name}") for name in classes)]
     )
     library = recipe.fetch.backbone.split(":")[0]
-    names = (*REQUIREMENTS, *BACKBONE_REQUIREMENTS[library])
+    names = {*REQUIREMENTS, *backbones.PACKAGES[library]}
     package = Path(__file__).parent
     with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
         import pandas as pd

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from headstart import card, evaluation, images, models, registry, sources
+from headstart import backbones, card, evaluation, images, models, registry, sources
 from headstart.calibration import Decision, tempered
 from headstart.charts import MINUS, SHARE, Axis, Chart, Series, inline, number, points, template
 from headstart.drift_report import DRIFT
@@ -623,7 +623,7 @@ def _lineage(recipe: Recipe, layout: Layout, model: dict[str, Any]) -> dict[str,
     packages = [
         "headstart",
         "torch",
-        *registry.BACKBONE_REQUIREMENTS[library],
+        *backbones.PACKAGES[library],
         "numpy",
         "mlflow",
         "dvc",
