@@ -9,7 +9,6 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.logs import in_words
-from headstart import environment
 from headstart.layout import Layout
 from headstart.recipe import load
 from tasks.monitor import monitor as compare
@@ -36,9 +35,6 @@ def monitor(recipe: str, inputs: list[str] | None = None) -> str:
     Raises:
         HeadstartError: as of ``monitoring.monitor``.
     """
-    root = environment.project_root()
-    environment.prepare(root)
-    chosen, layout = load(root / "recipes" / f"{recipe}.yaml"), Layout(root, recipe)
-    with recoverable(root):
-        found = compare(chosen, layout, inputs)
+    with recoverable() as root:
+        found = compare(load(root / "recipes" / f"{recipe}.yaml"), Layout(root, recipe), inputs)
     return found.reason if found else f"{recipe}: nothing to compare"

@@ -23,7 +23,6 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from flows.logs import in_words
-from headstart import environment
 from headstart.errors import HeadstartError
 from headstart.layout import Layout
 from headstart.recipe import Recipe, load
@@ -111,9 +110,7 @@ def retrain(recipe: str, reason: str = ASKED, force: bool = False) -> State[Outc
     Raises:
         HeadstartError: the error of the step that failed; what ran before it is kept.
     """
-    root = environment.project_root()
-    environment.prepare(root)
-    with recoverable(root):
+    with recoverable() as root:
         return _retrain(root, recipe, reason, force)
 
 

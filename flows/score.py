@@ -13,7 +13,6 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 
 from flows.logs import in_words
-from headstart import environment
 from tasks.recovery import recoverable
 
 in_words()
@@ -41,9 +40,7 @@ def score(
     Raises:
         HeadstartError: as of ``scoring.score`` and ``models.load``; the output is as it was.
     """
-    root = environment.project_root()
-    environment.prepare(root)
-    with recoverable(root):
+    with recoverable():
         return _score(model, inputs, output, version, column)
 
 

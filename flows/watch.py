@@ -11,7 +11,7 @@ from pathlib import Path
 from prefect import flow, get_run_logger
 
 from flows.logs import in_words
-from headstart import environment, inbox
+from headstart import inbox
 from headstart.errors import HeadstartError
 from headstart.layout import Layout
 from headstart.recipe import load
@@ -38,9 +38,7 @@ def watch(recipe: str) -> str:
     said: this comes again in a minute, and people would be told of a failed run each time. The retraining
     that takes batches in fails by it.
     """
-    root = environment.project_root()
-    environment.prepare(root)
-    with recoverable(root):
+    with recoverable() as root:
         return _watch(root, recipe)
 
 

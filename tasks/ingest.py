@@ -16,7 +16,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from prefect import get_run_logger, task
-from prefect.cache_policies import NO_CACHE
 
 from headstart import archives, sources
 from headstart.errors import HeadstartError
@@ -29,13 +28,7 @@ from tasks.stage import PATIENT
 ORIGIN = ".source.json"
 
 
-@task(
-    name="ingest",
-    task_run_name="ingest",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    **PATIENT,
-)
+@task(task_run_name="ingest", **PATIENT)
 def ingest(recipe: Recipe, layout: Layout) -> str:
     """Make ``data/<recipe>`` what the recipe's source says; returns "fresh", "restored" or "ran"."""
     return bring(recipe, layout, get_run_logger().info)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_table_artifact
-from prefect.cache_policies import NO_CACHE
 
 from headstart import drift_report, monitoring
 from headstart.drift import Drift
@@ -17,13 +16,7 @@ from tasks.events import emit
 from tasks.stage import PATIENT
 
 
-@task(
-    name="monitor",
-    task_run_name="monitor",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    **PATIENT,
-)
+@task(task_run_name="monitor", **PATIENT)
 def monitor(recipe: Recipe, layout: Layout, inputs: Sequence[str] | None = None) -> Drift | None:
     """Test recent rows for drift, write the page, log the figures; None if nothing is to test.
 

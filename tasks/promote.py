@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from prefect import get_run_logger, task
-from prefect.cache_policies import NO_CACHE
 
 from headstart import trials
 from headstart.layout import Layout
@@ -13,13 +12,7 @@ from tasks.events import emit
 from tasks.stage import PATIENT
 
 
-@task(
-    name="promote",
-    task_run_name="promote",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    **PATIENT,
-)
+@task(task_run_name="promote", **PATIENT)
 def promote(recipe: Recipe, layout: Layout, version: str) -> trials.Decided:
     """Judge a version against the champion; what has been judged before is not judged again."""
     log = get_run_logger().info

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 from prefect import get_run_logger, task
-from prefect.cache_policies import NO_CACHE
 
 from headstart import inbox
 from headstart.errors import HeadstartError
@@ -40,13 +39,7 @@ class Received:
         return f"{self.recipe}: batches: {', '.join(parts) or 'none'}{', pushed' if self.pushed else ''}"
 
 
-@task(
-    name="receive",
-    task_run_name="receive",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    **PATIENT,
-)
+@task(task_run_name="receive", **PATIENT)
 def receive(recipe: Recipe, layout: Layout, wait: bool = False) -> Received:
     """Take in every settled batch; a rejected one is an event, never a failure.
 

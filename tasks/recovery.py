@@ -24,11 +24,13 @@ TRIES = 3  # a run that ends its process each time is not tried for ever
 
 
 @contextmanager
-def recoverable(root: Path) -> Iterator[None]:
-    """Around the work of a flow: dead runs of the project are settled first, and this one is written down."""
+def recoverable() -> Iterator[Path]:
+    """Around the work of a flow in a project: dead runs are settled first, and this one is written down."""
     from prefect import get_run_logger
     from prefect.runtime import deployment, flow_run
 
+    root = environment.project_root()
+    environment.prepare(root)
     if deployment.id:  # without its worker nobody could cancel it, and it would meet its own second try
         processes.die_with_parent()
         processes.end_after_parent(GRACE)
@@ -38,7 +40,7 @@ def recoverable(root: Path) -> Iterator[None]:
     except Exception as error:  # an earlier run is no reason for this one to fail
         log.warning(f"earlier runs could not be looked after: {error}")
     with runs.in_progress(root, str(flow_run.id), _server()):
-        yield
+        yield root
 
 
 def recover(root: Path, say: Callable[[str], None], alone: bool = False) -> None:

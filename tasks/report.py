@@ -6,7 +6,6 @@ from pathlib import Path
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_link_artifact
-from prefect.cache_policies import NO_CACHE
 
 from headstart import registry, trials
 from headstart import report as page
@@ -15,13 +14,7 @@ from headstart.recipe import Recipe
 from tasks.stage import PATIENT
 
 
-@task(
-    name="report",
-    task_run_name="report",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    **PATIENT,
-)
+@task(task_run_name="report", **PATIENT)
 def report(recipe: Recipe, layout: Layout, decided: trials.Decided) -> Path:
     """Write ``reports/R/``, log it with the version that it is about, and link it."""
     path = page.write(recipe, layout, decided.evidence)

@@ -18,17 +18,14 @@ StageTask = Task[[Layout, bool], versioning.Outcome]
 
 
 def stage_task(stage: str, **options: Any) -> StageTask:
-    """A task that runs ``stage``: its log streamed into Prefect, its own error carried out.
-
-    Prefect's cache stays off: its keys know a task's arguments, never its output files. DVC knows.
-    """
+    """A task that runs ``stage``: its log streamed into Prefect, its own error carried out."""
 
     def run(layout: Layout, force: bool) -> versioning.Outcome:
         return versioning.reproduce(layout.root, stage, layout.recipe, get_run_logger().info, force)
 
     run.__name__ = stage
     decorate: Callable[[Callable[[Layout, bool], versioning.Outcome]], StageTask] = task(
-        name=stage, task_run_name=stage, cache_policy=NO_CACHE, persist_result=False, **options
+        name=stage, task_run_name=stage, **(UNCACHED | options)
     )
     return decorate(run)
 
@@ -39,8 +36,10 @@ async def is_transient(task: object, run: TaskRun, state: State[Any]) -> bool:
     return isinstance(error, HeadstartError) and error.transient
 
 
+# Of every task. The keys of Prefect's cache know a task's arguments, never its output files. DVC knows.
+UNCACHED: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 # For a task that asks a network: twice more, if the error says that this may help.
-PATIENT: dict[str, Any] = {
+PATIENT: dict[str, Any] = UNCACHED | {
     "retries": 2,
     "retry_delay_seconds": [5, 30],
     "retry_condition_fn": is_transient,

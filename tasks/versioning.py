@@ -28,6 +28,7 @@ from headstart.progress import TERMINAL
 from headstart.stages import ERROR_FILE
 
 if TYPE_CHECKING:
+    from dvc.output import Output
     from dvc.repo import Repo
 
 Outcome = Literal["ran", "restored"]
@@ -149,11 +150,8 @@ def push(root: Path, recipe: str, log: Callable[[str], None]) -> bool:
     Raises:
         HeadstartError: the remote cannot be reached.
     """
-    from dvc.repo import Repo
-
-    with Repo(str(root)) as repo:
-        if not repo.config["core"].get("remote"):
-            return False
+    if not _remote(root):
+        return False
     _dvc(root, ["push", f"data/{recipe}"], log)
     return True
 
@@ -169,15 +167,11 @@ def restore_data(root: Path, recipe: str, log: Callable[[str], None]) -> bool:
         HeadstartError: there is a remote, and it does not give the data: the batches among them can be had
             nowhere else (transient).
     """
-    from dvc.repo import Repo
-
     if not (root / "data.dvc").exists() or not _listed(root, recipe):
         return False
     target = f"data/{recipe}"
     if not _cached(root, recipe):
-        with Repo(str(root)) as repo:
-            remote = repo.config["core"].get("remote")
-        if not remote:
+        if not (remote := _remote(root)):
             log("what data.dvc lists is neither in DVC's cache nor on a remote: asking the source")
             return False
         try:
@@ -197,14 +191,27 @@ def restore_data(root: Path, recipe: str, log: Callable[[str], None]) -> bool:
     return (root / target).is_dir()
 
 
+def _remote(root: Path) -> str | None:
+    """The name of the default remote."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        name: str | None = repo.config["core"].get("remote")
+        return name
+
+
+def _data(root: Path, repo: Repo) -> Output:
+    """What ``data.dvc`` tracks."""
+    return repo.stage.load_file(str(root / "data.dvc"))[0].outs[0]
+
+
 def _cached(root: Path, recipe: str) -> bool:
     """Whether DVC's cache has every file of ``data/<recipe>``."""
     from dvc.repo import Repo
 
     with Repo(str(root)) as repo:
-        out = repo.stage.load_file(str(root / "data.dvc"))[0].outs[0]
-        tree = out.get_obj()
-        mine = [digest.value for key, _, digest in tree or () if key[0] == recipe]
+        out = _data(root, repo)
+        mine = [digest.value for key, _, digest in out.get_obj() or () if key[0] == recipe]
         return bool(mine) and all(map(out.cache.exists, mine))
 
 
@@ -219,8 +226,7 @@ def _tree(root: Path) -> list[tuple[str, ...]] | None:
     from dvc.repo import Repo
 
     with Repo(str(root)) as repo:
-        stages = repo.stage.load_file(str(root / "data.dvc"))
-        tree = stages[0].outs[0].get_obj()
+        tree = _data(root, repo).get_obj()
         return None if tree is None else [key for key, _, _ in tree]
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     State = dict[str, Tensor]
 
 
-# Whose versions decide what a backbone makes of a row, beside PyTorch's: its network's, and what reads the row.
+# Whose versions decide what a backbone makes of a row, beside PyTorch's: its network's, and its reader's.
 PACKAGES = {
     "timm": ("pillow", "timm", "torchvision"),
     "torchvision": ("pillow", "torchvision"),
