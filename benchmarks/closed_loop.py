@@ -21,11 +21,11 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from results import keep, known
 
 from headstart import environment
 
 ROOT = environment.project_root(Path(__file__).parent)
-RESULTS = Path(__file__).parent / "results"
 BATCH, JUDGED = "arrived", "judged.csv"  # in the inbox: rows without labels, and the labels for the gate
 
 
@@ -126,8 +126,7 @@ def texts(project: Path) -> None:
 
 def main(parts: list[str]) -> None:
     """Close these loops, or both, and write what was found, beside what is known of the other."""
-    path = RESULTS / "closed_loop.json"
-    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    figures: dict[str, Any] = known("closed_loop")
     for name, prepare in {"cells": cells, "texts": texts}.items():
         if parts and name not in parts:
             continue
@@ -148,8 +147,7 @@ def main(parts: list[str]) -> None:
             tags = json.loads(verdict(project, name))
             figures |= {f"{name}, {key}": value for key, value in tags["figures"].items()}
             figures[f"{name}, promoted"] = tags["promoted"]
-        RESULTS.mkdir(exist_ok=True)
-        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        keep("closed_loop", figures)
 
 
 def verdict(project: Path, name: str) -> str:

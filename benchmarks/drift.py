@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from results import keep, known
 
 from headstart import environment, quality
 from headstart.drift import Side, detect
@@ -26,7 +27,6 @@ from headstart.layout import Layout
 from headstart.metrics import Ints
 
 ROOT = environment.project_root(Path(__file__).parent)
-RESULTS = Path(__file__).parent / "results"
 CASES = (("solar-cells", "mono", "poly"), ("sentiment", "movies", "tweets"))
 KNOWN, BATCH = 462, 100  # as many as the manifest's val and test have of mono
 KNOWN_MODULES = 8  # likewise
@@ -77,8 +77,7 @@ def main(recipes: list[str]) -> None:
     """Print the table; write the figures of these recipes, or of all, beside those of the others."""
     share = float(os.environ.get("BENCH_SHARE", "1"))  # of the draws, for a quick look
     shown, more = (max(2, int(share * count)) for count in (SHOWN, MORE))
-    path = RESULTS / "drift.json"
-    figures: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    figures: dict[str, float] = known("drift")
     print("| batches of 100 rows | dealt | batches | alarms | share |\n|---|---|---|---|---|")
 
     def tell(words: str, dealt: str, found: list[bool]) -> None:
@@ -117,8 +116,7 @@ def main(recipes: list[str]) -> None:
                 words = f"of {count} new modules of {domain}, beside {KNOWN_MODULES} of {here}"
                 tell(words, dealt, case.alarms(partial(modules, domain, count), shown, grouped))
     if share == 1:
-        RESULTS.mkdir(exist_ok=True)
-        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        keep("drift", figures)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ take turns, so that a machine that slows down slows both. Start-up, paid once pe
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 import tempfile
@@ -20,6 +19,7 @@ import pandas as pd
 import torch
 import torchvision
 from PIL import Image
+from results import keep
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
@@ -32,7 +32,6 @@ from headstart.recipe import Features, Recipe
 BATCH, TOKENS, ROUNDS = 32, 128, 3
 PICTURES, SENTENCES = 320, 4096
 ROOT = environment.project_root(Path(__file__).parent)
-RESULTS = Path(__file__).parent / "results"
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -169,8 +168,7 @@ def main() -> None:
         for column, value in row.items()
         if isinstance(value, float)
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "features.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    keep("features", figures)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ The default is what the recipe does: it leaves the backbone frozen below so many
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from results import keep
 from safetensors.torch import load_file, save_file
 
 from headstart import backbones, environment, recipe, training
@@ -26,7 +26,6 @@ from headstart.layout import Layout
 from headstart.metrics import scores
 
 ROOT = environment.project_root(Path(__file__).parent)
-RESULTS = Path(__file__).parent / "results"
 SIZES, SEEDS, JUDGED = (5, 10, 25, 50, 100, 250), 3, 500
 OF_FEWEST = 12  # seeds at the smallest size: ten rows or others are ten points
 SCRATCH = {
@@ -98,13 +97,12 @@ def write(name: str, lines: pd.DataFrame) -> None:
     means = lines.groupby(["way", "rows_per_class"])[["balanced_accuracy", "auroc"]].agg(
         ["mean", "min", "max"]
     )
-    RESULTS.mkdir(exist_ok=True)
     figures = {
         f"{way}, {size} rows per class, {metric}": round(float(row[metric, "mean"]), 4)
         for (way, size), row in means.iterrows()
         for metric in ("balanced_accuracy", "auroc")
     }
-    (RESULTS / f"few-labels-{name}.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    keep(f"few-labels-{name}", figures)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for way, part in means["balanced_accuracy"].groupby(level=0):

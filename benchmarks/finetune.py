@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from results import keep, known
 from torch import nn
 
 from headstart import backbones, devices, environment, examples, features, finetuning, fitting, packs
@@ -31,7 +32,6 @@ from headstart.layout import Layout
 from headstart.validation import validate
 
 ROOT = environment.project_root(Path(__file__).parent)
-RESULTS = Path(__file__).parent / "results"
 PICTURES, SENTENCES, MANY_SENTENCES = 192, 1_000, 4_000  # to train on
 JUDGES = {PICTURES: 192, SENTENCES: 1_000, MANY_SENTENCES: 3_800}  # to validate
 RESNET_GFLOP = 3 * 2 * 1.82  # of a step, per picture of 224 pixels: forward, and twice that backward
@@ -528,8 +528,7 @@ PARTS = {"races": races, "throughput": throughput}
 
 def main(parts: list[str]) -> None:
     """Measure these parts, or all, print their tables and write their figures beside those of the others."""
-    path = RESULTS / "finetune.json"
-    figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    figures = known("finetune")
     with tempfile.TemporaryDirectory(prefix="headstart-") as name:
 
         def run(way: str) -> Any:
@@ -540,8 +539,7 @@ def main(parts: list[str]) -> None:
 
         for part in parts or PARTS:
             figures |= PARTS[part](run)
-            RESULTS.mkdir(exist_ok=True)
-            path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+            keep("finetune", figures)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from results import keep
 
 from headstart import environment, evaluation, recipe, registry, training, trials
 from headstart.layout import Layout, sha256_of
 
 ROOT = environment.project_root(Path(__file__).parent)
-RESULTS = Path(__file__).parent / "results"
 NAME, SHUFFLED = "sentiment-tuned", 0.3
 
 
@@ -74,8 +74,7 @@ def main() -> None:
             figures[f"{case}, promoted"] = decided.champion == version
             assert decided.verdict is not None
             figures |= {f"{case}, {name}": value for name, value in decided.verdict.figures.items()}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "gate.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    keep("gate", figures)
 
 
 if __name__ == "__main__":

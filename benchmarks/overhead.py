@@ -11,20 +11,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 import psutil
+from results import keep
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -34,7 +29,6 @@ from tests import conftest, stacks  # noqa: E402  # the small text project
 ROUNDS = 3
 RUNS = {"first of all": (), "every stage": ("--force",), "skipped": ()}
 IDLE = 30.0  # seconds after which a stack that has come up is at rest
-RESULTS = Path(__file__).parent / "results"
 STEPS = """
 import json
 from prefect.client.orchestration import get_client
@@ -63,37 +57,6 @@ def timed(project: conftest.Project, *options: str) -> dict[str, float]:
     return {"steps s": told["steps"], "flow s": told["flow"], "command s": wall}
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
-
-
-@contextmanager
-def up(project: conftest.Project) -> Iterator[int]:
-    """A running stack in the project, whose runs go there from now on."""
-    port, mlflow = free_port(), free_port()
-    log = project.root / "up.log"
-    with log.open("w") as sink:
-        process = subprocess.Popen(
-            ["headstart", "up", "--port", str(port), "--mlflow-port", str(mlflow)],
-            cwd=project.root,
-            env=project.environment,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-        )
-    while not re.search(r"Worker .* started", log.read_text()):
-        if process.poll() is not None:
-            raise SystemExit(log.read_text())
-        time.sleep(0.2)
-    project.environment |= {
-        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow}",
-    }
-    yield process.pid
-    process.send_signal(signal.SIGTERM)
-    process.wait(90)
-
-
 def memory(pid: int) -> dict[str, float]:
     """Megabytes of a process and all below it: what would be free without them, and as `ps` counts."""
     every = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
@@ -113,10 +76,14 @@ def main() -> None:
                 if server == "its own":
                     measured = [timed(project, *options) for options in RUNS.values()]
                 else:
-                    with up(project) as pid:
+                    with stacks.running(project, project.root.parent) as stack:
+                        project.environment |= {
+                            "PREFECT_API_URL": stack.api,
+                            "MLFLOW_TRACKING_URI": stack.tracking,
+                        }
                         if not idle:
                             time.sleep(IDLE)
-                            idle = memory(pid)
+                            idle = memory(stack.process.pid)
                         measured = [timed(project, *options) for options in RUNS.values()]
                 for run, seconds in zip(RUNS, measured, strict=True):
                     rows.append({"server": server, "run": run} | seconds)
@@ -134,8 +101,7 @@ def main() -> None:
         for column in table.columns[2:]
     }
     figures |= {f"idle_{kind}_mb": round(value) for kind, value in idle.items()}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "overhead.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    keep("overhead", figures)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 
 import pandas as pd
+from results import keep
 
 from headstart import environment
 
 ROOT = environment.project_root()
-RESULTS = Path(__file__).parent / "results"
 SAMPLE, ROUNDS = 500, 2
 CASES = {  # recipe: column, rows to time, rows of the smaller and the larger run whose memory is measured
     "solar-cells": ("path", 2_000, (300, 3_000)),
@@ -60,8 +60,7 @@ def main() -> None:
                 f"| {name} | {1 / plain:.1f} | {1 / ours:.1f} | {plain / ours:.1f} | {peaks[0]:.0f} "
                 f"| {peaks[1]:.0f} |"
             )
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "predict.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    keep("predict", figures)
 
 
 def write(name: str, column: str, rows: int, path: Path) -> None:

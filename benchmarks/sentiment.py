@@ -6,11 +6,11 @@ VADER (Hutto & Gilbert 2014) was made from tweets like these; its rules know no 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from results import keep
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from headstart import environment
@@ -18,7 +18,6 @@ from headstart.layout import Layout
 from headstart.metrics import scores
 
 ROOT = environment.project_root(Path(__file__).parent)
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -46,8 +45,7 @@ def main() -> None:
             }
             cells.append(f"{found['macro_f1']:.3f}")
         print(f"| {way} | " + " | ".join(cells) + " |")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "sentiment.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    keep("sentiment", figures)
 
 
 if __name__ == "__main__":

@@ -19,18 +19,17 @@ import subprocess
 import threading
 import time
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from results import keep
 
 from headstart import environment
 
 CLIENTS, ROUNDS, SECONDS, WARM = (1, 8, 32), 3, 6.0, 2.0
 ITEMS = 64
 ROOT = environment.project_root()
-RESULTS = Path(__file__).parent / "results"
 
 
 def bodies(recipe: str) -> list[bytes]:
@@ -151,8 +150,7 @@ def main() -> None:
         for line in table.to_dict("records")
         for key, column in (("p50_ms", "p50 ms"), ("p95_ms", "p95 ms"), ("requests_s", "requests/s"))
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "serve.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    keep("serve", figures)
 
 
 if __name__ == "__main__":

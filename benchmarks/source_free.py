@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from adaptation import learned_from, some  # the script beside this one
+from results import keep
 
 from headstart import domains, environment, fitting, recipe, splits
 from headstart.examples import load
@@ -24,7 +25,6 @@ from headstart.layout import REGISTERED, Layout
 from headstart.metrics import scores
 
 ROOT = environment.project_root(Path(__file__).parent)
-RESULTS = Path(__file__).parent / "results"
 FIRST_SEED, SEEDS = 500, 3
 PAIRS = {"solar-cells-tuned": ("mono", "poly"), "sentiment-tuned": ("movies", "tweets")}
 WAYS = ("hypothesis_transfer", "entropy")
@@ -95,8 +95,7 @@ def main() -> None:
         for (here, target, way), line in means.iterrows()
         for metric, value in line.items()
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "source_free.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    keep("source_free", figures)
 
 
 if __name__ == "__main__":
