@@ -25,6 +25,9 @@ CONFIDENCE = 0.95
 WIDE = 10.0
 
 
+Estimate = Callable[[Floats, Floats], Floats]  # weights of source [n] and target rows [m] -> shares [k]
+
+
 @dataclass(frozen=True)
 class LabelShift:
     """Estimated class shares in the target, and the source's own."""
@@ -33,7 +36,6 @@ class LabelShift:
     low: Floats  # [k], lower bound of the 95 % bootstrap interval of each share
     high: Floats  # [k], upper bound; both NaN where a side has a single group
     source_prior: Floats  # [k], shares of the source rows
-    method: str  # "mlls" or "bbse"
 
     @property
     def shown(self) -> bool:
@@ -41,87 +43,72 @@ class LabelShift:
         return bool(((self.source_prior < self.low) | (self.source_prior > self.high)).any())
 
 
-def bbse(
-    truth: Ints, source_probabilities: Floats, target_probabilities: Floats, *, soft: bool = True
-) -> Floats:
-    """Class shares in the target by black-box shift estimation (Lipton et al. 2018).
-
-    Solves ``confusion @ shares = answers``: what the classifier says on rows of each class is known from
-    the source, what it says over all from the target. Right where classes look the same on both sides;
-    the classifier may be miscalibrated, so long as its answers differ between classes. Non-negative least
-    squares, then scaled to sum to 1.
-
-    Args:
-        truth: int[n], positions of the true classes of source rows that the classifier has not seen.
-        source_probabilities: float64[n, k], of the same rows.
-        target_probabilities: float64[m, k].
-        soft: average the probabilities rather than count the top classes; less noise.
-
-    Returns:
-        float64[k], sums to 1.
-
-    Raises:
-        ValueError: shapes that do not fit, no rows, rows that do not sum to 1, a class without source rows.
-    """
-    mine, theirs = both_sides(truth, source_probabilities, target_probabilities)
-    estimate = _bbse(truth, mine, theirs, soft)
-    return estimate(np.ones(len(mine)), np.ones(len(theirs)))
-
-
-def mlls(source_prior: Floats, target_probabilities: Floats) -> Floats:
-    """Class shares in the target that make its rows most likely (Saerens et al. 2002).
-
-    Right where classes look the same on both sides and the probabilities are calibrated on the source,
-    as ``calibrated`` makes them; then the most precise there is (Alexandari et al. 2020; Garg et al.
-    2020). The likelihood is concave, so there is one answer. Expectation maximisation, accelerated by
-    squared extrapolation (SQUAREM, Varadhan & Roland 2008), because where classes overlap the plain
-    steps shrink long before they arrive.
-
-    Args:
-        source_prior: float64[k], positive, sums to 1: the shares that the probabilities suppose.
-        target_probabilities: float64[m, k].
-
-    Returns:
-        float64[k], sums to 1.
-
-    Raises:
-        ValueError: shapes that do not fit, no rows, rows that do not sum to 1, a source share of 0.
-    """
-    p = distributions(target_probabilities, "target probabilities")
-    prior = _prior(source_prior, p.shape[1])
-    return _most_likely(prior, p, np.full(len(p), 1 / len(p)))
-
-
-def calibrated(
-    truth: Ints, source_probabilities: Floats, probabilities: Floats, weights: Floats | None = None
-) -> Floats:
+def calibrated(truth: Ints, source_probabilities: Floats, probabilities: Floats) -> Floats:
     """Probabilities by bias-corrected temperature scaling (Alexandari et al. 2020).
 
     ``softmax(log p / T + b)``: one temperature T and one bias b per class, those that make the true
     classes of held-out source rows most likely. Temperature alone (Guo et al. 2017) leaves a class that is
-    named too often named too often, and ``mlls`` takes that for a shift.
+    named too often named too often, and ``most_likely`` takes that for a shift.
 
     Args:
         truth: int[n], positions of the true classes of source rows that the classifier has not seen.
         source_probabilities: float64[n, k], of the same rows.
         probabilities: float64[m, k], to recalibrate: of the target, say.
-        weights: float64[n], at least 0 with a positive sum; by default 1 each.
 
     Returns:
         float64[m, k], rows that sum to 1.
 
     Raises:
-        ValueError: shapes that do not fit, no rows, rows that do not sum to 1, weights out of range.
+        ValueError: shapes that do not fit, no rows, rows that do not sum to 1.
     """
     from scipy.special import softmax
 
     mine, theirs = both_sides(truth, source_probabilities, probabilities)
-    w = np.ones(len(mine)) if weights is None else weights
-    if w.shape != truth.shape or not (w >= 0).all() or not w.sum() > 0:
-        raise ValueError("weights must be one per source row, at least 0, with a positive sum")
-    slope, *bias = _recalibration(truth, logs_of(mine), w)
+    slope, *bias = _recalibration(truth, logs_of(mine), np.ones(len(mine)))
     result: Floats = softmax(slope * logs_of(theirs) + bias, axis=1)
     return result
+
+
+def mlls(truth: Ints, mine: Floats, theirs: Floats) -> Estimate:
+    """Class shares in the target that make its rows most likely (Saerens et al. 2002).
+
+    Right where classes look the same on both sides and the probabilities are calibrated on the source, which
+    is done first, as by ``calibrated``; then the most precise there is (Alexandari et al. 2020; Garg et al.
+    2020).
+    """
+    from scipy.special import softmax
+
+    source_logs, target_logs = logs_of(mine), logs_of(theirs)
+    start = _recalibration(truth, source_logs, np.ones(len(mine)))
+
+    def estimate(weights: Floats, target_weights: Floats) -> Floats:
+        slope, *bias = _recalibration(truth, source_logs, weights, start)
+        p: Floats = softmax(slope * target_logs + bias, axis=1)
+        prior = shares_of(truth, mine.shape[1], weights)
+        return most_likely(prior, p, target_weights / target_weights.sum())
+
+    return estimate
+
+
+def bbse(truth: Ints, mine: Floats, theirs: Floats) -> Estimate:
+    """Class shares in the target by black-box shift estimation (Lipton et al. 2018).
+
+    Solves ``confusion @ shares = answers``: what the classifier says on rows of each class is known from
+    the source, what it says over all from the target. Right where classes look the same on both sides;
+    the classifier may be miscalibrated, so long as its answers differ between classes. Non-negative least
+    squares, then scaled to sum to 1. Probabilities are averaged rather than top classes counted: less noise.
+    """
+    from scipy.optimize import nnls
+
+    actual = np.eye(mine.shape[1])[truth]
+
+    def estimate(weights: Floats, target_weights: Floats) -> Floats:
+        confusion = (mine * weights[:, None]).T @ actual / (weights @ actual)
+        shares = nnls(confusion, target_weights @ theirs / target_weights.sum())[0]
+        result: Floats = shares / shares.sum()
+        return result
+
+    return estimate
 
 
 def label_shift(
@@ -131,15 +118,15 @@ def label_shift(
     target_probabilities: Floats,
     *,
     target_groups: Groups | None = None,
-    method: str = "mlls",
+    by: Callable[[Ints, Floats, Floats], Estimate] = mlls,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> LabelShift:
     """Class shares in the target with bootstrap intervals, from a classifier's probabilities.
 
-    ``mlls`` recalibrates by ``calibrated`` first. Each resample draws whole groups on both sides and does
-    everything anew, recalibration included. A resample that lacks a class on the source side says
-    nothing. Percentiles are expanded for few groups (Hesterberg 2015).
+    Each resample draws whole groups on both sides and does everything anew, recalibration included. A
+    resample that lacks a class on the source side says nothing. Percentiles are expanded for few groups
+    (Hesterberg 2015).
 
     The shares, and the intervals with them, suppose that a class looks the same on both sides. Where
     features have moved within a class they can be wrong by any amount; ``diagnose`` looks for that.
@@ -152,20 +139,17 @@ def label_shift(
         source_probabilities: float64[n, k], of the same rows.
         target_probabilities: float64[m, k].
         target_groups: [m], any values, or None.
-        method: "mlls" or "bbse".
+        by: ``mlls`` or ``bbse``.
         resamples: number of bootstrap resamples.
         seed: the same seed gives the same intervals.
 
     Raises:
-        ValueError: shapes that do not fit, no rows, rows that do not sum to 1, a class without source
-            rows, a method that is none.
+        ValueError: shapes that do not fit, no rows, rows that do not sum to 1, a class without source rows.
     """
     mine, theirs = both_sides(truth, source_probabilities, target_probabilities)
-    if method not in ESTIMATORS:
-        raise ValueError(f"no method {method!r}; there are {', '.join(ESTIMATORS)}")
     sides = group_codes(groups, target_groups, len(mine), len(theirs))
     sizes = [len(np.unique(side)) for side in sides]
-    estimate = ESTIMATORS[method](truth, mine, theirs)
+    estimate = by(truth, mine, theirs)
     shares = shares_of(truth, mine.shape[1])
     prior = estimate(np.ones(len(mine)), np.ones(len(theirs)))
     drawn = np.full((resamples, len(prior)), np.nan)
@@ -176,49 +160,21 @@ def label_shift(
             if (np.bincount(truth, times[0], len(prior)) > 0).all():
                 drawn[resample] = estimate(*times)
     low, high = interval_bounds(drawn, min(sizes))
-    return LabelShift(prior, low, high, shares, method)
+    return LabelShift(prior, low, high, shares)
 
 
-Estimate = Callable[[Floats, Floats], Floats]  # weights of source [n] and target rows [m] -> shares [k]
+def most_likely(source_prior: Floats, probabilities: Floats, shares: Floats) -> Floats:
+    """The class shares [k] that maximise ``shares @ log(probabilities @ (prior / source_prior))``.
 
+    The likelihood is concave, so there is one answer. Expectation maximisation, accelerated by squared
+    extrapolation (SQUAREM, Varadhan & Roland 2008), because where classes overlap the plain steps shrink long
+    before they arrive.
 
-def _bbse(truth: Ints, mine: Floats, theirs: Floats, soft: bool = True) -> Estimate:
-    from scipy.optimize import nnls
-
-    k = mine.shape[1]
-    answers = (mine, theirs) if soft else (np.eye(k)[p.argmax(axis=1)] for p in (mine, theirs))
-    own, other = answers
-    actual = np.eye(k)[truth]
-
-    def estimate(weights: Floats, target_weights: Floats) -> Floats:
-        confusion = (own * weights[:, None]).T @ actual / (weights @ actual)
-        shares = nnls(confusion, target_weights @ other / target_weights.sum())[0]
-        result: Floats = shares / shares.sum()
-        return result
-
-    return estimate
-
-
-def _mlls(truth: Ints, mine: Floats, theirs: Floats) -> Estimate:
-    from scipy.special import softmax
-
-    source_logs, target_logs = logs_of(mine), logs_of(theirs)
-    start = _recalibration(truth, source_logs, np.ones(len(mine)))
-
-    def estimate(weights: Floats, target_weights: Floats) -> Floats:
-        slope, *bias = _recalibration(truth, source_logs, weights, start)
-        p: Floats = softmax(slope * target_logs + bias, axis=1)
-        prior = shares_of(truth, mine.shape[1], weights)
-        return _most_likely(prior, p, target_weights / target_weights.sum())
-
-    return estimate
-
-
-ESTIMATORS: dict[str, Callable[[Ints, Floats, Floats], Estimate]] = {"mlls": _mlls, "bbse": _bbse}
-
-
-def _most_likely(source_prior: Floats, probabilities: Floats, shares: Floats) -> Floats:
-    """The class shares [k] that maximise ``shares @ log(probabilities @ (prior / source_prior))``."""
+    Args:
+        source_prior: float64[k], positive, sums to 1: the shares that the probabilities suppose.
+        probabilities: float64[m, k], of target rows.
+        shares: float64[m], of each row in the sum; they sum to 1.
+    """
     ratio = probabilities / source_prior
 
     def step(prior: Floats) -> Floats:
@@ -342,12 +298,3 @@ def distributions(p: Floats, name: str) -> Floats:
     if not (p >= 0).all() or not (np.abs(p.sum(axis=1) - 1) < 2e-3).all():
         raise ValueError(f"{name} must be at least 0, and each row must sum to 1")
     return p
-
-
-def _prior(prior: Floats, k: int) -> Floats:
-    if prior.shape != (k,):
-        raise ValueError(f"source prior of shape {prior.shape} does not fit {k} classes")
-    prior = distributions(prior[None], "source prior")[0]
-    if not prior.all():
-        raise ValueError("source prior must be positive for every class")
-    return prior
