@@ -266,13 +266,17 @@ def test_without_a_shift_the_words_say_that_none_is_shown(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_label_shift_is_called_so_with_its_class_and_share(seed: int) -> None:
+def test_label_shift_is_called_so_with_its_class_and_its_share_by_two_estimates(seed: int) -> None:
     found = diagnosis(0.7, seed=seed)
     assert found.label_shift.prior[1] == pytest.approx(0.7, abs=0.05)
     assert found.predicted[1] == pytest.approx(0.7, abs=0.06)
     words = " ".join(found.words)
     assert "looks like label shift" in words
     assert "'dog' at " in words or "'cat' at " in words
+    for by in (found.label_shift, found.black_box):
+        assert by.low[1] < 0.7 < by.high[1]
+        shares = [f"{by.prior[k]:.0%} ({by.low[k]:.0%}-{by.high[k]:.0%})" for k in (0, 1)]
+        assert any(share in words for share in shares)
     assert "not certain" not in words and "Besides" not in words
     assert "standardising the target by its own moments would hide" in words
 

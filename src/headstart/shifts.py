@@ -19,12 +19,14 @@ from headstart.class_shares import (
     RESAMPLES,
     Groups,
     LabelShift,
+    bbse,
     both_sides,
     distributions,
     group_codes,
     interval_bounds,
     label_shift,
     logs_of,
+    mlls,
 )
 from headstart.heads import Features, Singles, fit
 from headstart.metrics import TINY, Floats, Ints, resampled
@@ -70,6 +72,7 @@ class Diagnosis:
     mmd: float
     mmd_p: float
     label_shift: LabelShift
+    black_box: LabelShift
     predicted: Floats  # [k], share of each class among the classes that the classifier names on the target
     location: float
     ordered: float
@@ -304,10 +307,11 @@ def diagnose(  # noqa: PLR0917  # two sides of features, groups and probabilitie
     """What kind of shift lies between labelled source rows and unlabelled target rows.
 
     ``separability`` and ``mmd`` say whether there is one. ``label_shift`` (by ``mlls``) says which class
-    shares would explain the classifier's answers, and source rows drawn in those shares are compared with
-    the target once more: if the discrepancy is gone, it was label shift; if not, classes look different,
-    and the shares mean little. ``location`` (NaN where no shift is shown) and ``ordered`` say whether
-    statistics of the domain, or a threshold, may repair the classifier.
+    shares would explain the classifier's answers, and ``black_box`` (by ``bbse``) says it in another way.
+    Source rows drawn in the former are compared with the target once more: if the discrepancy is gone, it
+    was label shift; if not, classes look different, and the shares mean little. ``location`` (NaN where no
+    shift is shown) and ``ordered`` say whether statistics of the domain, or a threshold, may repair the
+    classifier.
 
     Cost: 8 s for 20,000 rows a side of 1,280 dimensions on one core, and about 100 MB beside the features.
 
@@ -338,7 +342,10 @@ def diagnose(  # noqa: PLR0917  # two sides of features, groups and probabilitie
     sides = group_codes(groups, target_groups, len(mine), len(theirs))
     apart = separability(source, target, sides, seed=seed)
     distance, p = mmd(source, target, sides, seed=seed)
-    shift = label_shift(truth, sides[0], mine, theirs, target_groups=sides[1], seed=seed)
+    shift, other = (
+        label_shift(truth, sides[0], mine, theirs, target_groups=sides[1], by=by, seed=seed)
+        for by in (mlls, bbse)
+    )
     alike = _in_shares(truth, shift.prior, ALIKE_ROWS, np.random.default_rng(seed))
     drawn = sides[0][alike], sides[1]
     answers = logs_of(mine), logs_of(theirs)
@@ -351,6 +358,7 @@ def diagnose(  # noqa: PLR0917  # two sides of features, groups and probabilitie
         mmd=distance,
         mmd_p=p,
         label_shift=shift,
+        black_box=other,
         predicted=np.bincount(theirs.argmax(axis=1), minlength=k) / len(theirs),
         location=location(source, target, sides, seed=seed) if p <= SIGNIFICANT else np.nan,
         ordered=ordered(theirs, sides[1]),
@@ -405,10 +413,11 @@ def _words(
     """Two to five sentences; ``few`` is the number of groups of the side that has fewer."""
     shift, apart = found.label_shift, found.separability
     changed = int(np.abs(shift.prior - shift.source_prior).argmax())
-    share = f"{classes[changed]!r} at {shift.prior[changed]:.0%} of the target"
-    if few > 1:
-        share += f" ({shift.low[changed]:.0%}-{shift.high[changed]:.0%})"
-    share += f", against {shift.source_prior[changed]:.0%} of the source"
+    likely, solved = (_share(by, changed, few) for by in (shift, found.black_box))
+    share = (
+        f"{classes[changed]!r} at {likely} of the target, or {solved} by black-box shift estimation, against "
+        f"{shift.source_prior[changed]:.0%} of the source"
+    )
 
     tests = _tests(found)
     figures = (
@@ -475,6 +484,12 @@ def _words(
     if 1 < few < FEW_GROUPS:
         words.append(f"All this rests on as few as {few} groups a side, so the intervals are rough.")
     return words
+
+
+def _share(shift: LabelShift, place: int, few: int) -> str:
+    """The share of one class and its interval, if the groups are enough for one."""
+    interval = f" ({shift.low[place]:.0%}-{shift.high[place]:.0%})" if few > 1 else ""
+    return f"{shift.prior[place]:.0%}{interval}"
 
 
 def _clumps(values: Floats, code: Ints) -> float:
