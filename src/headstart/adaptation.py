@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,10 +30,7 @@ from headstart.heads import (
 from headstart.metrics import TINY, Floats
 
 Rows = NDArray[np.int64]
-Known = tuple[Rows, Floats] | None
-Penalty = Callable[
-    [Floats, Floats], tuple[float, Floats]
-]  # of logits and of the expected share of each class
+Known = tuple[Rows, Floats] | None  # target rows with a label, and their targets
 
 # Of a head for the target: how far it may move is not for rows of the source to choose.
 PENALTY = 0.1
@@ -101,41 +98,72 @@ def adapt(
     _check_target(source, target, known)
     if known is not None and not len(known[0]):
         known = None
-    return METHODS[method](source, target, l2, seed=seed, known=known)
+    if weigh := METHODS[method].weigh:
+        source = replace(source, weights=source.weights * weigh(source, target, seed=seed))
+    return _head(method, source, target, known, l2)
 
 
-def source_only(source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None) -> Head:
-    """No adaptation: ``heads.fit`` on the source, the figure that every other method has to beat."""
-    if known is None:
-        return fit(source.features, source.targets, source.weights, l2)
-    return _fitted(source, target, known, maps("source_only", source.features, target), l2)
+@dataclass(frozen=True)
+class _Affine:
+    """A map into the space of a head: ((x - mean) / scale) @ matrix, without the matrix if there is none."""
+
+    mean: Singles  # [d]
+    scale: Singles  # [d]
+    matrix: Singles | None = None  # [d, r]
+
+    def __call__(self, x: Features) -> Singles:
+        """float32[n, r] of features [n, d]."""
+        width = len(self.mean) if self.matrix is None else self.matrix.shape[1]
+        result = np.empty((len(x), width), np.float32)
+        for rows in row_blocks(x.shape):
+            scaled = standardised(x[rows], self.mean, self.scale)
+            result[rows] = scaled if self.matrix is None else scaled @ self.matrix
+        return result
+
+    def then(self, matrix: NDArray[Any]) -> _Affine:
+        return replace(self, matrix=matrix.astype(np.float32))
+
+    def folded(self, head: Head) -> Head:
+        """The head for rows that have not been mapped, of one for rows that have."""
+        weight = head.weight / head.scale.astype(np.float64)
+        bias = head.bias - weight @ head.mean
+        if self.matrix is not None:
+            weight = weight @ self.matrix.T
+        return Head(weight.astype(np.float32), bias.astype(np.float32), self.mean, self.scale)
 
 
-def standardisation(
-    source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None
-) -> Head:
+Maps = tuple[_Affine, _Affine]  # of source rows and of target rows, into one space
+
+
+def unmoved(source: Features, target: Features) -> Maps:
+    """Both domains standardised with the source's moments: a shift between them stays."""
+    from_source = scaling(source)
+    return from_source, from_source
+
+
+def standardisation(source: Features, target: Features) -> Maps:
     """Each domain standardised with its own mean and deviation.
 
     The effect on features of what adaptive batch normalisation does inside a network (Li et al. 2016,
     arXiv:1603.04779): the head of the source, with its mean and scale replaced by the target's. Undoes any
     shift and scaling of single dimensions; goes wrong where the share of the classes differs.
     """
-    return _fitted(source, target, known, maps("standardisation", source.features, target), l2)
+    return scaling(source), scaling(target)
 
 
-def coral(source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None) -> Head:
+def coral(source: Features, target: Features) -> Maps:
     """Correlation alignment: the source whitened and given the correlations of the target.
 
     Sun, Feng & Saenko 2016, "Return of frustratingly easy domain adaptation", arXiv:1511.05547, with both
     domains standardised first, as in their experiments. They add the identity to each covariance. Here it
     is shrunk: 0.9 of it and 0.1 of its diagonal, which means the same at any size of the features.
     """
-    return _fitted(source, target, known, maps("coral", source.features, target), l2)
+    from_source, from_target = standardisation(source, target)
+    own, other = _covariance(source, from_source), _covariance(target, from_target)
+    return from_source.then(_power(_shrunk(own), -0.5) @ _power(_shrunk(other), 0.5)), from_target
 
 
-def optimal_transport(
-    source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None
-) -> Head:
+def optimal_transport(source: Features, target: Features) -> Maps:
     """The source moved onto the target by the linear Monge map, optimal between two Gaussians.
 
     Flamary, Lounici & Ferrari 2019, "Concentration bounds for linear Monge mapping estimation and optimal
@@ -143,36 +171,95 @@ def optimal_transport(
     into the other it moves the rows least, measured in the source's deviations. The covariances are shrunk
     as for ``coral``.
     """
-    return _fitted(source, target, known, maps("optimal_transport", source.features, target), l2)
+    from ot.gaussian import bures_wasserstein_mapping
+
+    from_source = scaling(source)
+    from_target = replace(from_source, mean=scaling(target).mean)
+    own, other = (_shrunk(_covariance(x, to)) for x, to in ((source, from_source), (target, from_target)))
+    origin = np.zeros(len(own))  # both are centred
+    matrix, _ = bures_wasserstein_mapping(origin, origin, own, other)
+    return from_source.then(matrix), from_target
 
 
-def subspace_alignment(
-    source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None
-) -> Head:
+def subspace_alignment(source: Features, target: Features) -> Maps:
     """The source's principal components rotated onto the target's, and all else dropped.
 
     Fernando et al. 2013, "Unsupervised visual domain adaptation using subspace alignment": with bases
     P and Q of the two, standardised domains, the head sees source rows as ``x @ P @ P.T @ Q`` and target
     rows as ``x @ Q``. Components: 64, or as many as there are dimensions, or rows less one, if fewer.
     """
-    return _fitted(source, target, known, maps("subspace_alignment", source.features, target), l2)
+    from_source, from_target = standardisation(source, target)
+    own, other = _covariance(source, from_source), _covariance(target, from_target)
+    count = min(target.shape[1], COMPONENTS, len(source) - 1, len(target) - 1)
+    own, other = _components(own, count), _components(other, count)
+    return from_source.then(own @ (own.T @ other)), from_target.then(other)
 
 
-def importance_weighting(
-    source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None
-) -> Head:
-    """Source rows weighted by how much likelier they are in the target (Shimodaira 2000).
+def scaling(rows: Features) -> _Affine:
+    """Standardises a domain by its rows as they come.
 
-    Right where the domains hold the same kinds of rows in other shares; it cannot reach a target that
-    lies outside the source.
+    Never by the weights of the source's rows: they make up for rare classes and doubtful labels, which the
+    target's rows have as well, but unmarked. By weighted moments the rare class of the target would count as
+    part of the shift.
     """
-    ratio = density_ratio(source, target, seed=seed)
-    return source_only(replace(source, weights=source.weights * ratio), target, l2, known=known)
+    return _Affine(*moments(rows, _equal_shares(rows)))
 
 
-def information_maximisation(
-    source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None
-) -> Head:
+def density_ratio(source: Source, target: Features, *, l2: float = DOMAIN_L2, seed: int = 0) -> Floats:
+    """How much likelier each source row is in the target than in the source, from a domain classifier.
+
+    Source rows so weighted (Shimodaira 2000) are right where the domains hold the same kinds of rows in other
+    shares; they cannot reach a target that lies outside the source.
+
+    Where both domains weigh the same, its odds are the ratio (Bickel, Brückner & Scheffer 2009, JMLR 10).
+    Each row is judged by a head fitted without it, as a head knows its own rows too well. The ratios are
+    scaled to a weighted mean of 1, cut at 10 and at a tenth, and scaled again.
+
+    Args:
+        source: rows to weigh; their weights count in the source's density.
+        target: [m, d], every row alike.
+        l2: penalty of the domain classifier; a strong one draws the ratios towards 1.
+        seed: deals the rows into five folds.
+
+    Returns:
+        float64[n], positive, with a mean of 1 under the source's weights.
+    """
+    chance = np.random.default_rng(seed)
+    folds, other_folds = (chance.permutation(len(x)) % DOMAIN_FOLDS for x in (source.features, target))
+    log_odds = np.empty(len(source.features))
+    head: Head | None = None
+    for fold in np.unique(folds):
+        own, other = np.flatnonzero(folds != fold), np.flatnonzero(other_folds != fold)
+        head = fit(
+            np.concatenate([source.features[own], target[other]]),
+            np.eye(2)[np.repeat([0, 1], [len(own), len(other)])],
+            np.concatenate([_shares(source.weights[own]), np.full(len(other), 1 / len(other))]),
+            l2,
+            start=head,
+        )
+        logits = head.logits(source.features[folds == fold])
+        log_odds[folds == fold] = logits[:, 1] - logits[:, 0]
+    shares = _shares(source.weights)
+    ratio: Floats = np.exp(log_odds - log_odds.max())  # the next line scales it
+    ratio = np.clip(ratio / float(shares @ ratio), 1 / CLIP, CLIP)
+    ratio /= float(shares @ ratio)
+    return ratio
+
+
+def fitted(source: Source, target: Features, known: Known, to: Mapper, l2: float) -> Head:
+    """``heads.fit`` on all labelled rows where they are mapped to, for target rows as they are."""
+    maps = to(source.features, target)
+    return maps[1].folded(fit(*_labelled(source, target, known, maps), l2))
+
+
+def source_only(source: Source, target: Features, known: Known, to: Mapper, l2: float) -> Head:
+    """No adaptation: ``heads.fit`` on the source, the figure that every other method has to beat."""
+    if known is None:
+        return fit(source.features, source.targets, source.weights, l2)
+    return fitted(source, target, known, to, l2)
+
+
+def information_maximisation(source: Source, target: Features, known: Known, to: Mapper, l2: float) -> Head:
     """Boundaries moved to where target rows are sparse, with the classes in the source's shares.
 
     Starts from the head of ``standardisation`` and minimises, in the same space and with the same penalty,
@@ -182,39 +269,158 @@ def information_maximisation(
     not the shares of the labels, and a head that is as right on the target names them alike there. Not
     convex: the answer is the minimum near that start, or what 200 steps of L-BFGS reach of it.
     """
-    return _descended(source, target, known, information_loss, l2)
+    return _descended(source, target, known, to, l2, penalty=information_loss)
 
 
-def minimum_class_confusion(
-    source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None
-) -> Head:
+def minimum_class_confusion(source: Source, target: Features, known: Known, to: Mapper, l2: float) -> Head:
     """Classes told apart on the target, in whatever shares: ``confusion_loss`` beside cross-entropy.
 
     Start, space, penalty and factor are those of ``information_maximisation``.
     """
-    return _descended(source, target, known, lambda logits, prior: confusion_loss(logits), l2)
+    return _descended(source, target, known, to, l2, penalty=lambda logits, prior: confusion_loss(logits))
 
 
-def self_training(source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None) -> Head:
+def self_training(source: Source, target: Features, known: Known, to: Mapper, l2: float) -> Head:
     """The head taught by its own surest guesses on the target, more of them each round.
 
     Class-balanced self-training (Zou et al. 2018, arXiv:1810.07911): in five rounds the surest 20, 40, ...,
     100 % of the target rows of each predicted class are labelled with that class, and a head is fitted to
-    them and the source. Together they weigh as much as the source. Both domains are standardised with the
-    source's moments, so a shift between them is left for the rounds to bridge.
+    them and the source. Together they weigh as much as the source. With the source's moments for both
+    domains, a shift between them is left for the rounds to bridge.
     """
-    return _self_trained(source, target, known, maps("self_training", source.features, target), l2)
+    maps = to(source.features, target)
+    from_target = maps[1]
+    labelled, targets, weights = _labelled(source, target, known, maps)
+    rows = from_target(target if known is None else np.delete(target, known[0], axis=0))
+    head = fit(labelled, targets, weights, l2)
+    for turn in range(1, ROUNDS + 1 if len(rows) else 1):
+        probabilities = head.probabilities(rows)
+        chosen = _surest(probabilities, turn / ROUNDS)
+        guesses = np.eye(targets.shape[1])[probabilities[chosen].argmax(axis=1)]
+        head = fit(
+            np.concatenate([labelled, rows[chosen]]),
+            np.concatenate([targets, guesses]),
+            np.concatenate([weights, np.full(len(chosen), source.weights.sum() / len(chosen))]),
+            l2,
+            start=head,
+        )
+    return from_target.folded(head)
 
 
-def standardised_self_training(
-    source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None
+def _surest(probabilities: Floats, share: float) -> Rows:
+    """The rows of each predicted class with the highest probabilities, rounded up; of equals the first."""
+    predicted, surety = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    chosen = []
+    for label in range(probabilities.shape[1]):
+        rows = np.flatnonzero(predicted == label)
+        order = np.argsort(-surety[rows], kind="stable")
+        chosen.append(rows[order[: int(np.ceil(round(share * len(rows), 9)))]])
+    return np.sort(np.concatenate(chosen))
+
+
+Penalty = Callable[[Floats, Floats], tuple[float, Floats]]  # of logits, and of the share of each class
+
+
+def _descended(
+    source: Source, target: Features, known: Known, to: Mapper, l2: float, *, penalty: Penalty
 ) -> Head:
-    """``self_training`` in the space of ``standardisation``, where each domain has moments of its own."""
-    to = maps("standardised_self_training", source.features, target)
-    return _self_trained(source, target, known, to, l2)
+    """The head of ``fitted``, moved to lower a penalty on the target's logits as well."""
+    from scipy.optimize import minimize
+
+    maps = to(source.features, target)
+    from_target = maps[1]
+    labelled, targets, weights = _labelled(source, target, known, maps)
+    start = fit(labelled, targets, weights, l2)
+    rows, shares = from_target(target), _shares(weights)
+    prior = start.probabilities(labelled[: len(source.features)]).mean(axis=0)
+    k, d = start.weight.shape
+    # Steps in units of the spread of both domains, as in heads._curvature, for the same reason.
+    both = (_covariance(labelled) + _covariance(rows)) / 2
+    spread, axes = np.linalg.eigh(both)
+    stretch = 1 / np.sqrt(np.maximum(spread, 0) / 4 + l2)
+
+    def head_of(flat: Floats) -> tuple[Floats, Floats]:
+        return (flat[: k * d].reshape(k, d) * stretch) @ axes.T, flat[k * d :]
+
+    def loss(flat: Floats) -> tuple[float, Floats]:
+        """The objective and its gradient; ``flat`` is weight @ axes / stretch [k, d], then bias [k]."""
+        weight, bias = head_of(flat)
+        single = weight.T.astype(np.float32)
+        logs = log_softmax((labelled @ single).astype(np.float64) + bias)
+        error = (np.exp(logs) - targets) * shares[:, None]
+        value, slope_target = penalty((rows @ single).astype(np.float64) + bias, prior)
+        value += l2 / 2 * float(np.square(weight).sum()) - float(shares @ (targets * logs).sum(axis=1))
+        # This way around BLAS is faster, and much so where other processes want the same cores.
+        slope = (labelled.T @ error.astype(np.float32) + rows.T @ slope_target.astype(np.float32)).T
+        slope_bias = error.sum(axis=0) + slope_target.sum(axis=0)
+        return value, np.concatenate([(((slope + l2 * weight) @ axes) * stretch).ravel(), slope_bias])
+
+    first = start.weight / start.scale.astype(np.float64)
+    flat = minimize(
+        loss,
+        np.concatenate([((first @ axes) / stretch).ravel(), start.bias - first @ start.mean]),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": STEPS, "maxcor": 20, "gtol": 1e-6, "ftol": 1e-8},
+    ).x
+    weight, bias = head_of(flat)
+    return Head(weight.astype(np.float32), bias.astype(np.float32), from_target.mean, from_target.scale)
 
 
-def consensus(source: Source, target: Features, l2: float, *, seed: int = 0, known: Known = None) -> Head:
+def information_loss(logits: Floats, prior: Floats) -> tuple[float, Floats]:
+    """How unsure the predictions are, plus how far their mean is from ``prior``, in nats.
+
+    The mean entropy of a row's prediction and the divergence KL(mean prediction || prior). Against a
+    uniform prior that is log(k) less the mutual information between rows and classes (Gomes et al. 2010).
+
+    Args:
+        logits: float64[n, k].
+        prior: float64[k], the expected share of each class.
+
+    Returns:
+        The loss and its gradient, float64[n, k], with respect to the logits.
+    """
+    logs = log_softmax(logits)
+    sure = np.exp(logs)
+    entropy = -(sure * logs).sum(axis=1, keepdims=True)
+    mean = sure.mean(axis=0)
+    surplus = np.log(np.maximum(mean, TINY) / np.maximum(prior, TINY))
+    slope = sure * (surplus - (sure @ surplus)[:, None] - logs - entropy) / len(logits)
+    return float(entropy.mean() + mean @ surplus), slope
+
+
+def confusion_loss(logits: Floats) -> tuple[float, Floats]:
+    """How often a row that is taken for one class could as well be another: 0 if never, below 1 always.
+
+    Minimum class confusion (Jin et al. 2020, arXiv:1912.03699): predictions at a temperature, rows weighted
+    by 1 + exp(-entropy), their class by class correlation with each row scaled to sum to 1, and of that the
+    mean mass off the diagonal. Two differences: one batch of all rows, and the gradient goes through the
+    weights as well, because a line search needs the gradient of the loss it sees.
+
+    Args:
+        logits: float64[n, k].
+
+    Returns:
+        The loss and its gradient, float64[n, k], with respect to the logits.
+    """
+    k = logits.shape[1]
+    logs = log_softmax(logits / TEMPERATURE)
+    sure = np.exp(logs)
+    entropy = -(sure * logs).sum(axis=1, keepdims=True)
+    certainty = np.exp(-entropy)
+    weights = 1 + certainty  # any common factor would cancel
+    # Row j of the correlation sums to the mass of class j, as each prediction sums to 1: only the diagonal
+    # has to be known.
+    mass = np.maximum((weights * sure).sum(axis=0), TINY)
+    kept = (weights * np.square(sure)).sum(axis=0) / mass
+    slope_sure = -weights * (2 * sure - kept) / mass / k
+    slope_entropy = certainty * (sure * (sure - kept) / mass).sum(axis=1, keepdims=True) / k
+    slope = sure * (slope_sure - (sure * slope_sure).sum(axis=1, keepdims=True))
+    slope -= slope_entropy * sure * (logs + entropy)
+    return float(1 - kept.mean()), slope / TEMPERATURE
+
+
+def consensus(source: Source, target: Features, known: Known, to: Mapper, l2: float) -> Head:
     """The mean of what ``source_only``, ``minimum_class_confusion`` and ``self_training`` say, in logits.
 
     The latter two err in opposite ways: one parts the target's rows where they are sparse, the other stays
@@ -222,8 +428,7 @@ def consensus(source: Source, target: Features, l2: float, *, seed: int = 0, kno
     losses. The boundary between two classes then moves a quarter of the way to where the rows part by
     themselves, the ``crossing`` of their scores: all three inherit some of the source's shares.
     """
-    heads = [METHODS[name](source, target, l2, seed=seed, known=known) for name in MEMBERS]
-    return agreed(heads, target)
+    return agreed([_head(name, source, target, known, l2) for name in MEMBERS], target)
 
 
 def agreed(heads: Sequence[Head], target: Features) -> Head:
@@ -274,23 +479,39 @@ def averaged(heads: Sequence[Head]) -> Head:
     )
 
 
-METHODS: dict[str, Callable[..., Head]] = {
-    "source_only": source_only,
-    "standardisation": standardisation,
-    "coral": coral,
-    "optimal_transport": optimal_transport,
-    "subspace_alignment": subspace_alignment,
-    "importance_weighting": importance_weighting,
-    "information_maximisation": information_maximisation,
-    "minimum_class_confusion": minimum_class_confusion,
-    "self_training": self_training,
-    "standardised_self_training": standardised_self_training,
-    "consensus": consensus,
+Mapper = Callable[[Features, Features], Maps]  # of source rows [n, d] and target rows [m, d]
+
+
+class Method(NamedTuple):
+    """Where rows are moved, how a head is fitted to them there, and how source rows are weighted before."""
+
+    maps: Mapper
+    head: Callable[[Source, Features, Known, Mapper, float], Head]
+    weigh: Callable[..., Floats] | None = None
+
+
+METHODS = {
+    "source_only": Method(unmoved, source_only),
+    "standardisation": Method(standardisation, fitted),
+    "coral": Method(coral, fitted),
+    "optimal_transport": Method(optimal_transport, fitted),
+    "subspace_alignment": Method(subspace_alignment, fitted),
+    "importance_weighting": Method(unmoved, source_only, density_ratio),
+    "information_maximisation": Method(standardisation, information_maximisation),
+    "minimum_class_confusion": Method(standardisation, minimum_class_confusion),
+    "self_training": Method(unmoved, self_training),
+    "standardised_self_training": Method(standardisation, self_training),
+    "consensus": Method(unmoved, consensus),
 }
 
 
 # Those whose head takes target rows standardised by the target's own moments.
-MOVING = frozenset(METHODS) - {"source_only", "importance_weighting", "self_training", "consensus"}
+MOVING = frozenset(name for name, method in METHODS.items() if method.maps is not unmoved)
+
+
+def _head(method: str, source: Source, target: Features, known: Known, l2: float) -> Head:
+    maps, head, _ = METHODS[method]
+    return head(source, target, known, maps, l2)
 
 
 def projection(
@@ -300,7 +521,7 @@ def projection(
 
     Of ``source_only`` that is where the source's own moments put them.
     """
-    from_source, from_target = maps(method, source, target)
+    from_source, from_target = METHODS[method].maps(source, target)
     covariance = _covariance(source, from_source)
     axes = _components(covariance, min(2, len(covariance)))[:, ::-1]  # the largest first
     largest = np.abs(axes).argmax(axis=0)
@@ -308,164 +529,6 @@ def projection(
     axes = np.pad(axes, ((0, 0), (0, 2 - len(largest))))
     mine, theirs = shown
     return from_source(source[mine]) @ axes, from_target(target[theirs]) @ axes
-
-
-def density_ratio(source: Source, target: Features, *, l2: float = DOMAIN_L2, seed: int = 0) -> Floats:
-    """How much likelier each source row is in the target than in the source, from a domain classifier.
-
-    Where both domains weigh the same, its odds are the ratio (Bickel, Brückner & Scheffer 2009, JMLR 10).
-    Each row is judged by a head fitted without it, as a head knows its own rows too well. The ratios are
-    scaled to a weighted mean of 1, cut at 10 and at a tenth, and scaled again.
-
-    Args:
-        source: rows to weigh; their weights count in the source's density.
-        target: [m, d], every row alike.
-        l2: penalty of the domain classifier; a strong one draws the ratios towards 1.
-        seed: deals the rows into five folds.
-
-    Returns:
-        float64[n], positive, with a mean of 1 under the source's weights.
-    """
-    chance = np.random.default_rng(seed)
-    folds, other_folds = (chance.permutation(len(x)) % DOMAIN_FOLDS for x in (source.features, target))
-    log_odds = np.empty(len(source.features))
-    head: Head | None = None
-    for fold in np.unique(folds):
-        own, other = np.flatnonzero(folds != fold), np.flatnonzero(other_folds != fold)
-        head = fit(
-            np.concatenate([source.features[own], target[other]]),
-            np.eye(2)[np.repeat([0, 1], [len(own), len(other)])],
-            np.concatenate([_shares(source.weights[own]), np.full(len(other), 1 / len(other))]),
-            l2,
-            start=head,
-        )
-        logits = head.logits(source.features[folds == fold])
-        log_odds[folds == fold] = logits[:, 1] - logits[:, 0]
-    shares = _shares(source.weights)
-    ratio: Floats = np.exp(log_odds - log_odds.max())  # the next line scales it
-    ratio = np.clip(ratio / float(shares @ ratio), 1 / CLIP, CLIP)
-    ratio /= float(shares @ ratio)
-    return ratio
-
-
-def information_loss(logits: Floats, prior: Floats) -> tuple[float, Floats]:
-    """How unsure the predictions are, plus how far their mean is from ``prior``, in nats.
-
-    The mean entropy of a row's prediction and the divergence KL(mean prediction || prior). Against a
-    uniform prior that is log(k) less the mutual information between rows and classes (Gomes et al. 2010).
-
-    Args:
-        logits: float64[n, k].
-        prior: float64[k], the expected share of each class.
-
-    Returns:
-        The loss and its gradient, float64[n, k], with respect to the logits.
-    """
-    logs = log_softmax(logits)
-    sure = np.exp(logs)
-    entropy = -(sure * logs).sum(axis=1, keepdims=True)
-    mean = sure.mean(axis=0)
-    surplus = np.log(np.maximum(mean, TINY) / np.maximum(prior, TINY))
-    slope = sure * (surplus - (sure @ surplus)[:, None] - logs - entropy) / len(logits)
-    return float(entropy.mean() + mean @ surplus), slope
-
-
-def confusion_loss(logits: Floats, temperature: float = TEMPERATURE) -> tuple[float, Floats]:
-    """How often a row that is taken for one class could as well be another: 0 if never, below 1 always.
-
-    Minimum class confusion (Jin et al. 2020, arXiv:1912.03699): predictions at a temperature, rows weighted
-    by 1 + exp(-entropy), their class by class correlation with each row scaled to sum to 1, and of that the
-    mean mass off the diagonal. Two differences: one batch of all rows, and the gradient goes through the
-    weights as well, because a line search needs the gradient of the loss it sees.
-
-    Args:
-        logits: float64[n, k].
-        temperature: positive; logits are divided by it.
-
-    Returns:
-        The loss and its gradient, float64[n, k], with respect to the logits.
-    """
-    k = logits.shape[1]
-    logs = log_softmax(logits / temperature)
-    sure = np.exp(logs)
-    entropy = -(sure * logs).sum(axis=1, keepdims=True)
-    certainty = np.exp(-entropy)
-    weights = 1 + certainty  # any common factor would cancel
-    # Row j of the correlation sums to the mass of class j, as each prediction sums to 1: only the diagonal
-    # has to be known.
-    mass = np.maximum((weights * sure).sum(axis=0), TINY)
-    kept = (weights * np.square(sure)).sum(axis=0) / mass
-    slope_sure = -weights * (2 * sure - kept) / mass / k
-    slope_entropy = certainty * (sure * (sure - kept) / mass).sum(axis=1, keepdims=True) / k
-    slope = sure * (slope_sure - (sure * slope_sure).sum(axis=1, keepdims=True))
-    slope -= slope_entropy * sure * (logs + entropy)
-    return float(1 - kept.mean()), slope / temperature
-
-
-@dataclass(frozen=True)
-class _Affine:
-    """A map into the space of a head: ((x - mean) / scale) @ matrix, without the matrix if there is none."""
-
-    mean: Singles  # [d]
-    scale: Singles  # [d]
-    matrix: Singles | None = None  # [d, r]
-
-    def __call__(self, x: Features) -> Singles:
-        """float32[n, r] of features [n, d]."""
-        width = len(self.mean) if self.matrix is None else self.matrix.shape[1]
-        result = np.empty((len(x), width), np.float32)
-        for rows in row_blocks(x.shape):
-            scaled = standardised(x[rows], self.mean, self.scale)
-            result[rows] = scaled if self.matrix is None else scaled @ self.matrix
-        return result
-
-    def then(self, matrix: NDArray[Any]) -> _Affine:
-        return replace(self, matrix=matrix.astype(np.float32))
-
-    def folded(self, head: Head) -> Head:
-        """The head for rows that have not been mapped, of one for rows that have."""
-        weight = head.weight / head.scale.astype(np.float64)
-        bias = head.bias - weight @ head.mean
-        if self.matrix is not None:
-            weight = weight @ self.matrix.T
-        return Head(weight.astype(np.float32), bias.astype(np.float32), self.mean, self.scale)
-
-
-Maps = tuple[_Affine, _Affine]  # of source rows and of target rows, into one space
-
-
-def maps(method: str, source: Features, target: Features) -> Maps:
-    """Where a method moves source rows [n, d] and target rows [m, d] before it fits a head."""
-    from_source = scaling(source)
-    if method not in MOVING:
-        return from_source, from_source
-    from_target = scaling(target)
-    if method == "optimal_transport":
-        from ot.gaussian import bures_wasserstein_mapping
-
-        from_target = replace(from_source, mean=from_target.mean)
-        own, other = (_shrunk(_covariance(x, to)) for x, to in ((source, from_source), (target, from_target)))
-        origin = np.zeros(len(own))  # both are centred
-        matrix, _ = bures_wasserstein_mapping(origin, origin, own, other)
-        return from_source.then(matrix), from_target
-    if method in {"coral", "subspace_alignment"}:
-        own, other = (_covariance(x, to) for x, to in ((source, from_source), (target, from_target)))
-        if method == "coral":
-            return from_source.then(_power(_shrunk(own), -0.5) @ _power(_shrunk(other), 0.5)), from_target
-        count = min(target.shape[1], COMPONENTS, len(source) - 1, len(target) - 1)
-        own, other = _components(own, count), _components(other, count)
-        return from_source.then(own @ (own.T @ other)), from_target.then(other)
-    return from_source, from_target
-
-
-def scaling(rows: Features) -> _Affine:
-    """Standardises a domain by its rows as they come.
-
-    Never by the weights of the source's rows: they make up for rare classes and doubtful labels, which the
-    target's rows have as well, but unmarked. By weighted moments the rare class of the target would count as
-    part of the shift.
-    """
-    return _Affine(*moments(rows, _equal_shares(rows)))
 
 
 def _shares(weights: Floats) -> Floats:
@@ -489,84 +552,6 @@ def _labelled(source: Source, target: Features, known: Known, maps: Maps) -> tup
         np.concatenate([source.targets, targets]),
         np.concatenate([source.weights, np.full(len(positions), each)]),
     )
-
-
-def _fitted(source: Source, target: Features, known: Known, maps: Maps, l2: float) -> Head:
-    """The head of all labelled rows where the maps take them, for target rows as they are."""
-    return maps[1].folded(fit(*_labelled(source, target, known, maps), l2))
-
-
-def _self_trained(source: Source, target: Features, known: Known, maps: Maps, l2: float) -> Head:
-    from_target = maps[1]
-    labelled, targets, weights = _labelled(source, target, known, maps)
-    rows = from_target(target if known is None else np.delete(target, known[0], axis=0))
-    head = fit(labelled, targets, weights, l2)
-    for turn in range(1, ROUNDS + 1 if len(rows) else 1):
-        probabilities = head.probabilities(rows)
-        chosen = _surest(probabilities, turn / ROUNDS)
-        guesses = np.eye(targets.shape[1])[probabilities[chosen].argmax(axis=1)]
-        head = fit(
-            np.concatenate([labelled, rows[chosen]]),
-            np.concatenate([targets, guesses]),
-            np.concatenate([weights, np.full(len(chosen), source.weights.sum() / len(chosen))]),
-            l2,
-            start=head,
-        )
-    return from_target.folded(head)
-
-
-def _surest(probabilities: Floats, share: float) -> Rows:
-    """The rows of each predicted class with the highest probabilities, rounded up; of equals the first."""
-    predicted, surety = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    chosen = []
-    for label in range(probabilities.shape[1]):
-        rows = np.flatnonzero(predicted == label)
-        order = np.argsort(-surety[rows], kind="stable")
-        chosen.append(rows[order[: int(np.ceil(round(share * len(rows), 9)))]])
-    return np.sort(np.concatenate(chosen))
-
-
-def _descended(source: Source, target: Features, known: Known, penalty: Penalty, l2: float) -> Head:
-    """The head of ``standardisation``, moved to lower a penalty on the target's logits as well."""
-    from scipy.optimize import minimize
-
-    from_target = scaling(target)
-    labelled, targets, weights = _labelled(source, target, known, (scaling(source.features), from_target))
-    start = fit(labelled, targets, weights, l2)
-    rows, shares = from_target(target), _shares(weights)
-    prior = start.probabilities(labelled[: len(source.features)]).mean(axis=0)
-    k, d = start.weight.shape
-    # Steps in units of the spread of both domains, as in heads._curvature, for the same reason.
-    both = (_covariance(labelled) + _covariance(rows)) / 2
-    spread, axes = np.linalg.eigh(both)
-    stretch = 1 / np.sqrt(np.maximum(spread, 0) / 4 + l2)
-
-    def head_of(flat: Floats) -> tuple[Floats, Floats]:
-        return (flat[: k * d].reshape(k, d) * stretch) @ axes.T, flat[k * d :]
-
-    def loss(flat: Floats) -> tuple[float, Floats]:
-        """The objective and its gradient; ``flat`` is weight @ axes / stretch [k, d], then bias [k]."""
-        weight, bias = head_of(flat)
-        single = weight.T.astype(np.float32)
-        logs = log_softmax((labelled @ single).astype(np.float64) + bias)
-        error = (np.exp(logs) - targets) * shares[:, None]
-        value, slope_target = penalty((rows @ single).astype(np.float64) + bias, prior)
-        value += l2 / 2 * float(np.square(weight).sum()) - float(shares @ (targets * logs).sum(axis=1))
-        # This way around BLAS is faster, and much so where other processes want the same cores.
-        slope = (labelled.T @ error.astype(np.float32) + rows.T @ slope_target.astype(np.float32)).T
-        slope_bias = error.sum(axis=0) + slope_target.sum(axis=0)
-        return value, np.concatenate([(((slope + l2 * weight) @ axes) * stretch).ravel(), slope_bias])
-
-    first = start.weight / start.scale.astype(np.float64)
-    flat = minimize(
-        loss,
-        np.concatenate([((first @ axes) / stretch).ravel(), start.bias - first @ start.mean]),
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": STEPS, "maxcor": 20, "gtol": 1e-6, "ftol": 1e-8},
-    ).x
-    weight, bias = head_of(flat)
-    return Head(weight.astype(np.float32), bias.astype(np.float32), from_target.mean, from_target.scale)
 
 
 def _covariance(x: Features, centred: _Affine | None = None) -> Floats:
