@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from headstart import source_free
+from headstart import adaptation, selection, shifts, source_free
+from headstart.adaptation import Source
 from headstart.errors import HeadstartError
 from headstart.examples import Examples, Rows, finite, labels
 from headstart.fitting import Frozen, Tuned, clock_of, source_of, tuning_of
@@ -23,10 +24,7 @@ from headstart.heads import Features, Head
 from headstart.layout import Layout
 from headstart.metrics import Floats
 from headstart.recipe import Recipe, Train
-
-if TYPE_CHECKING:
-    from headstart.adaptation import Source
-    from headstart.shifts import Diagnosis
+from headstart.shifts import Diagnosis
 
 POINTS = 300  # of a side, in a projection
 
@@ -57,62 +55,68 @@ def adapted(
     Raises:
         HeadstartError: as for ``train``.
     """
-    from headstart import adaptation, selection, shifts
-
     known = np.empty(0, np.int64) if known is None else known
     examples = source.examples
-    there = np.sort(np.concatenate([examples.unlabelled("train", "val"), known]))
-    labelled = _labelled(examples, choices, train)
-    target = finite(examples, there)
-    given = np.searchsorted(there, known), labels(examples, choices, train)[0][known]
-    if len(target) < 2:
+    sides = Sides(train, val, np.sort(np.concatenate([examples.unlabelled("train", "val"), known])), known)
+    if len(sides.target) < 2:
         raise HeadstartError("the target domain has no rows to adapt to", do="add rows of the target domain")
-    groups = examples.manifest["group"].to_numpy()
-    shift = shifts.diagnose(
-        examples.features[val],
-        examples.truth[val],
-        groups[val],
-        source.head.probabilities(examples.features[val]),
-        target,
-        groups[there],
-        source.head.probabilities(target),
-        examples.classes,
-        seed=choices.seed,
-    )
+    shift = _shift(source, sides, choices.seed)
     if choices.target_statistics and isinstance(source, Tuned):
         # After the diagnosis: statistics of its own hide a shift rather than mend it.
-        source = source.reading(there, train, np.union1d(np.flatnonzero(examples.truth < 0), known))
-        examples = source.examples
-        target = finite(examples, there)
-    method, reason = (
-        (str(choices.adaptation), "named in the recipe")
-        if choices.adaptation
-        else selection.choose(source.head, examples.features[val], target, shift.kind)
-    )
-    if not choices.adaptation and len(known) >= selection.KNOWN_ENOUGH:
-        method, reason = selection.best_on(
-            examples.features[known], examples.truth[known], source.head, labelled, target, (method, reason)
-        )
-    head = source.head
-    if method != "source_only" or len(known):
-        head = adaptation.adapt(method, labelled, target, adaptation.PENALTY, seed=choices.seed, known=given)
-    expected = selection.expected_accuracy(
-        head,
-        (examples.features[val], examples.truth[val]),
-        labelled.features,
-        target,
-        method in adaptation.MOVING,
-    )
-    sides = Sides(train, val, there, known)
-    return Adapted(choices, source, sides, head, method, reason, shift, expected)
-
-
-def _labelled(examples: Examples, choices: Train, train: Rows) -> Source:
-    """The rows ``train`` as an adaptation learns from them."""
-    from headstart import adaptation
-
+        of_target = np.union1d(np.flatnonzero(examples.truth < 0), known)
+        source = source.reading(sides.target, train, of_target)
     targets, weights = labels(examples, choices, train)
-    return adaptation.Source(finite(examples, train), targets[train], weights[train])
+    labelled = Source(finite(examples, train), targets[train], weights[train])
+    target = finite(source.examples, sides.target)
+    way = _way(choices, source, sides, labelled, target, shift)
+    head = source.head
+    if way.method != "source_only" or len(known):
+        given = np.searchsorted(sides.target, known), targets[known]
+        head = adaptation.adapt(
+            way.method, labelled, target, adaptation.PENALTY, seed=choices.seed, known=given
+        )
+    held_out = source.examples.features[val], examples.truth[val]
+    moved = way.method in adaptation.MOVING
+    expected = selection.expected_accuracy(head, held_out, labelled.features, target, moved)
+    return Adapted(choices, source, sides, labelled, head, way, shift, expected)
+
+
+def _shift(source: Frozen | Tuned, sides: Sides, seed: int) -> Diagnosis:
+    """How the target's rows differ from those of the source that no head was fitted to."""
+    examples, head = source.examples, source.head
+    groups = examples.manifest["group"].to_numpy()
+    here, there = examples.features[sides.val], finite(examples, sides.target)
+    return shifts.diagnose(
+        here,
+        examples.truth[sides.val],
+        groups[sides.val],
+        head.probabilities(here),
+        there,
+        groups[sides.target],
+        head.probabilities(there),
+        examples.classes,
+        seed=seed,
+    )
+
+
+def _way(  # noqa: PLR0917  # two domains
+    choices: Train,
+    source: Frozen | Tuned,
+    sides: Sides,
+    labelled: Source,
+    target: Features,
+    shift: Diagnosis,
+) -> Way:
+    """The recipe's way of adapting, or else what the shift asks for, unless enough labels know better."""
+    if choices.adaptation:
+        return Way(choices.adaptation, "named in the recipe", "recipe")
+    features, known = source.examples.features, sides.known
+    first = selection.choose(source.head, features[sides.val], target, shift.kind)
+    if len(known) < selection.KNOWN_ENOUGH:
+        return Way(*first, "shift")
+    truth = source.examples.truth[known]
+    best = selection.best_on(features[known], truth, source.head, labelled, target, first)
+    return Way(*best, "labels")
 
 
 def taught(  # noqa: PLR0917  # as ``fit``, and the teacher
@@ -163,8 +167,6 @@ def freed(recipe: Recipe, layout: Layout, examples: Examples, *, key: str | None
     Raises:
         HeadstartError: as for ``train``.
     """
-    from headstart import selection
-
     inherited = source_free.Inherited.read(layout.weights)
     inherited.check(recipe.features, recipe.validate_.classes)
     there = examples.unlabelled("train", "val")
@@ -193,15 +195,24 @@ class Sides:
 
 
 @dataclass(frozen=True)
+class Way:
+    """A way of adapting."""
+
+    method: str
+    reason: str
+    decided_by: Literal["recipe", "shift", "labels"]
+
+
+@dataclass(frozen=True)
 class Adapted:
     """Domain adaptation: a head for the target domain, beside the model of the source domains."""
 
     choices: Train
     source: Frozen | Tuned
     sides: Sides
+    labelled: Source  # the rows of the source as the head learned from them
     head: Head
-    method: str
-    reason: str
+    way: Way
     shift: Diagnosis
     expected: tuple[float, float, float]  # accuracy on the target, and an 80 % interval
     taught: Tuned | None = None  # by this model: one for all domains
@@ -220,8 +231,8 @@ class Adapted:
         told = {name: round(value, 4) if np.isfinite(value) else None for name, value in numbers.items()}
         shares = {"source": shift.label_shift.source_prior, "target": shift.label_shift.prior}
         return {
-            "adaptation": self.method,
-            "reason": self.reason,
+            "adaptation": self.way.method,
+            "reason": self.way.reason,
             "taught": self.taught is not None,
             "target_statistics": self.normalised,
             "expected_accuracy": dict(
@@ -230,8 +241,8 @@ class Adapted:
             "shift": told
             | {f"{side}_shares": [round(float(s), 4) for s in of] for side, of in shares.items()}
             | {"kind": shift.kind, "words": shift.words},
-            "decided_by": self._decided_by,
-            "candidates": self._judged,
+            "decided_by": self.way.decided_by,
+            "candidates": _judged(self._candidates, self.source.examples, self.sides),
         } | (self.taught or self.source).said
 
     @property
@@ -239,50 +250,18 @@ class Adapted:
         """Whether the source's backbone reads the target with BatchNorm statistics of its own."""
         return isinstance(self.source, Tuned) and self.source.normalised is not None
 
-    @property
-    def _decided_by(self) -> str:
-        """What the choice among the candidates rests on."""
-        from headstart import selection
-
-        if self.choices.adaptation:
-            return "recipe"
-        return "labels" if len(self.sides.known) >= selection.KNOWN_ENOUGH else "shift"
-
     @cached_property
     def _candidates(self) -> dict[str, Head]:
         """A head by each way of adapting, none of which has seen the few labels of the target."""
-        from headstart import selection
-
-        features = self.source.examples.features
-        labelled = _labelled(self.source.examples, self.choices, self.sides.train)
+        target = self.source.examples.features[self.sides.target]
         return selection.candidates(
-            self.source.head, labelled, features[self.sides.target], self.method, seed=self.choices.seed
+            self.source.head, self.labelled, target, self.way.method, seed=self.choices.seed
         )
-
-    @cached_property
-    def _judged(self) -> dict[str, dict[str, float]]:
-        """What was known of each candidate without the target's labels, or by the few that there are."""
-        from headstart import selection
-
-        examples, sides = self.source.examples, self.sides
-        features = examples.features
-        found = selection.judged(
-            self._candidates,
-            (features[sides.val], examples.truth[sides.val]),
-            features[sides.train],
-            features[sides.target],
-        )
-        for method, head in self._candidates.items() if len(sides.known) else ():
-            named = head.logits(features[sides.known]).argmax(axis=1)
-            found[method]["right"] = float((named == examples.truth[sides.known]).mean())
-        return {
-            method: {name: round(value, 4) for name, value in line.items()} for method, line in found.items()
-        }
 
     @property
     def chosen(self) -> str:
         """The way of adapting."""
-        return self.method
+        return self.way.method
 
     def probabilities(self, rows: Rows) -> Floats:
         """float64 [rows, classes]: rows of the target domain by the adapted head, others by the source's."""
@@ -298,13 +277,8 @@ class Adapted:
         """
         examples = self.source.examples
         test = rows[(examples.truth[rows] < 0) & (examples.manifest["split"].to_numpy()[rows] == "test")]
-        called = {
-            method: head.logits(examples.features[test]).argmax(axis=1).astype(np.int16)
-            for method, head in self._candidates.items()
-        }
-        ids = examples.manifest["id"].to_numpy()[test]
-        pd.DataFrame({"id": ids} | called).to_parquet(folder / "candidates.parquet", index=False)
-        self._projected().to_parquet(folder / "projection.parquet", index=False)
+        _called(self._candidates, examples, test).to_parquet(folder / "candidates.parquet", index=False)
+        _projected(self).to_parquet(folder / "projection.parquet", index=False)
         if self.taught:
             return self.taught.publish(folder, rows)
         vectors = self.source.write(folder, rows)
@@ -315,35 +289,6 @@ class Adapted:
         else:
             self.source.head.save(folder / "source.safetensors")
         return self._told(vectors, rows)
-
-    def _projected(self) -> pd.DataFrame:
-        """Some rows of both sides in a plane, before and after: ``view``, ``side``, ``x``, ``y``.
-
-        What is there after is missing where adapting moves no row, but the head alone.
-        """
-        from headstart import adaptation
-
-        chance = np.random.default_rng(self.choices.seed)
-        features = self.source.examples.features
-        sides = self.sides.train, self.sides.target
-        shown = [np.sort(chance.permutation(len(side))[:POINTS]) for side in sides]
-        mine, theirs = (features[side] for side in sides)
-        views = {"before": adaptation.projection("source_only", mine, theirs, (shown[0], shown[1]))}
-        if isinstance(self.source, Tuned) and self.normalised:
-            few = self.source.tuning.vectors(sides[1][shown[1]])
-            views["before"] = adaptation.projection("source_only", mine, few, (shown[0], np.arange(len(few))))
-        if self.taught:  # by another backbone
-            seen = [self.taught.tuning.vectors(side[few]) for side, few in zip(sides, shown, strict=True)]
-            everything = np.arange(len(seen[0])), np.arange(len(seen[1]))
-            views["after"] = adaptation.projection("source_only", seen[0], seen[1], everything)
-        elif self.method in adaptation.MOVING or self.normalised:
-            views["after"] = adaptation.projection(self.method, mine, theirs, (shown[0], shown[1]))
-        lines = [
-            pd.DataFrame({"view": view, "side": side, "x": at[:, 0], "y": at[:, 1]})
-            for view, both in views.items()
-            for side, at in zip(("source", "target"), both, strict=True)
-        ]
-        return pd.concat(lines, ignore_index=True).round(3)
 
     def _told(self, vectors: Features, rows: Rows) -> Floats:
         target = self.source.examples.truth[rows] < 0
@@ -380,3 +325,50 @@ class Freed:
     def publish(self, folder: Path, rows: Rows) -> Floats:
         """Write what the model writes."""
         return self.model.publish(folder, rows)
+
+
+def _judged(heads: dict[str, Head], examples: Examples, sides: Sides) -> dict[str, dict[str, float]]:
+    """What was known of each candidate without the target's labels, or by the few that there are."""
+    features, truth = examples.features, examples.truth
+    found = selection.judged(
+        heads, (features[sides.val], truth[sides.val]), features[sides.train], features[sides.target]
+    )
+    for method, head in heads.items() if len(sides.known) else ():
+        named = head.logits(features[sides.known]).argmax(axis=1)
+        found[method]["right"] = float((named == truth[sides.known]).mean())
+    return {method: {name: round(value, 4) for name, value in line.items()} for method, line in found.items()}
+
+
+def _called(heads: dict[str, Head], examples: Examples, rows: Rows) -> pd.DataFrame:
+    """What each candidate calls these rows, by ``id``."""
+    features, ids = examples.features[rows], examples.manifest["id"].to_numpy()[rows]
+    called = {method: head.logits(features).argmax(axis=1).astype(np.int16) for method, head in heads.items()}
+    return pd.DataFrame({"id": ids} | called)
+
+
+def _projected(model: Adapted) -> pd.DataFrame:
+    """Some rows of both sides in a plane, before and after: ``view``, ``side``, ``x``, ``y``.
+
+    What is there after is missing where adapting moves no row, but the head alone.
+    """
+    chance = np.random.default_rng(model.choices.seed)
+    features, method = model.source.examples.features, model.way.method
+    sides = model.sides.train, model.sides.target
+    shown = [np.sort(chance.permutation(len(side))[:POINTS]) for side in sides]
+    mine, theirs = (features[side] for side in sides)
+    views = {"before": adaptation.projection("source_only", mine, theirs, (shown[0], shown[1]))}
+    if isinstance(model.source, Tuned) and model.normalised:
+        few = model.source.tuning.vectors(sides[1][shown[1]])
+        views["before"] = adaptation.projection("source_only", mine, few, (shown[0], np.arange(len(few))))
+    if model.taught:  # by another backbone
+        seen = [model.taught.tuning.vectors(side[few]) for side, few in zip(sides, shown, strict=True)]
+        everything = np.arange(len(seen[0])), np.arange(len(seen[1]))
+        views["after"] = adaptation.projection("source_only", seen[0], seen[1], everything)
+    elif method in adaptation.MOVING or model.normalised:
+        views["after"] = adaptation.projection(method, mine, theirs, (shown[0], shown[1]))
+    lines = [
+        pd.DataFrame({"view": view, "side": side, "x": at[:, 0], "y": at[:, 1]})
+        for view, both in views.items()
+        for side, at in zip(("source", "target"), both, strict=True)
+    ]
+    return pd.concat(lines, ignore_index=True).round(3)
