@@ -44,7 +44,7 @@ def fetch(recipe: Recipe, layout: Layout) -> None:
             architecture that the recipe names.
     """
     chosen = recipe.fetch
-    library, architecture = chosen.backbone.split(":", 1)
+    library, architecture = chosen.library, chosen.architecture
     uri, member = sources.split_fragment(chosen.source)
     if library != "transformers":
         whole = backbones.build(library, architecture)  # a misspelt name costs no download
@@ -65,7 +65,7 @@ def fetch(recipe: Recipe, layout: Layout) -> None:
         shutil.rmtree(unpacked)
         _save(state, target / "weights.safetensors")
         spec = backbones.Spec(
-            library=library,  # type: ignore[arg-type]  # the recipe's schema allows these three only
+            library=library,
             architecture=architecture,
             modality=recipe.modality,
             source=sources.redacted(chosen.source),
@@ -106,7 +106,7 @@ def _from_tensors(whole: nn.Module, published: State, chosen: Fetch) -> tuple[St
     """State of an image network, and what its spec says."""
     import torch
 
-    library, architecture = chosen.backbone.split(":", 1)
+    library, architecture = chosen.library, chosen.architecture
     own = whole.state_dict()
     backbone = backbones.without_classifier(library, whole)
     state = _matched(published, own, backbone.state_dict().keys(), chosen)

@@ -60,7 +60,7 @@ class Model:
     @property
     def modality(self) -> Literal["image", "text"]:
         """What it reads."""
-        return "text" if self.extractor.spec.modality == "text" else "image"
+        return self.extractor.spec.modality
 
     def __call__(self, items: Sequence[Item]) -> Answers:
         """What it says of each item: a text, an image's bytes, or the path of an image.

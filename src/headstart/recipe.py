@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -25,6 +25,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from headstart.errors import HeadstartError
+
+Library = Literal["timm", "torchvision", "transformers"]
 
 Sha256 = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
@@ -129,7 +131,7 @@ class Validate(Block):
 class Fetch(Block):
     """Which pretrained backbone, and where its weights come from."""
 
-    backbone: str = Field(pattern=r"^(timm|torchvision|transformers):.+$")
+    backbone: str = Field(pattern=rf"^({'|'.join(get_args(Library))}):.+$")
     """Library and architecture, such as ``timm:tf_efficientnet_lite0``."""
     source: str
     """URI of the weights: ``pip:``, ``hf:``, ``torchvision:``, ``https:``, ``file:``."""
@@ -149,6 +151,16 @@ class Fetch(Block):
         if any(isinstance(value, int | float) and value > 1 for value in numbers):
             raise ValueError("of pixels in 0..1; divide what is of 0..255 by 255")
         return values
+
+    @property
+    def library(self) -> Library:
+        """Of the two parts of ``backbone``, the first."""
+        return cast("Library", self.backbone.split(":", 1)[0])
+
+    @property
+    def architecture(self) -> str:
+        """The second."""
+        return self.backbone.split(":", 1)[1]
 
 
 class Features(Block):
@@ -369,6 +381,18 @@ class Train(Block):
         """Whether BatchNorm standardises by the batch at hand, and its statistics follow."""
         return self.batch_norm == "updated" or self.source_free == "entropy"
 
+    @property
+    def needs_one_process(self) -> list[str]:
+        """The keys that ask for one: they compare domains, read or label rows anew, or follow batches."""
+        asking = {
+            "alignment": self.alignment,
+            "teach": self.teach,
+            "target_statistics": self.target_statistics,
+            "source_free": self.source_free,
+            "batch_norm": self.batch_norm == "updated",
+        }
+        return [name for name, asks in asking.items() if asks]
+
 
 class Evaluate(Block):
     """How sure the numbers are."""
@@ -461,7 +485,7 @@ class Recipe(Block):
     @property
     def modality(self) -> Literal["image", "text"]:
         """What the backbone reads."""
-        return "text" if self.fetch.backbone.startswith("transformers:") else "image"
+        return "text" if self.fetch.library == "transformers" else "image"
 
     @property
     def frozen_below(self) -> int:

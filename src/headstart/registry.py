@@ -216,8 +216,7 @@ def _log_model(recipe: Recipe, layout: Layout) -> Any:
     outputs = Schema(
         [ColSpec(DataType.string, "label"), *(ColSpec(DataType.double, f"p:{name}") for name in classes)]
     )
-    library = recipe.fetch.backbone.split(":")[0]
-    names = {*REQUIREMENTS, *backbones.PACKAGES[library]}
+    names = {*REQUIREMENTS, *backbones.PACKAGES[recipe.fetch.library]}
     package = Path(__file__).parent
     with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
         import pandas as pd

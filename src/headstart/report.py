@@ -619,7 +619,7 @@ def _lineage(recipe: Recipe, layout: Layout, model: dict[str, Any]) -> dict[str,
     spec = json.loads((layout.weights / "spec.json").read_text(encoding="utf-8"))
     tags = {name.removeprefix("headstart."): said for name, said in registry.lineage(layout, model).items()}
     text = (layout.root / "recipes" / f"{layout.recipe}.yaml").read_text(encoding="utf-8")
-    library = recipe.fetch.backbone.split(":")[0]
+    library = recipe.fetch.library
     packages = [
         "headstart",
         "torch",
