@@ -487,13 +487,24 @@ def test_the_gpu_wished_for_is_made_the_current_one(
     assert current == taken
 
 
-def test_statistics_that_follow_batches_are_of_one_process(
-    efficientnet: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("more", "where"),
+    [
+        ({"batch_norm": "updated"}, "train.batch_norm"),
+        ({"tune": True, "alignment": "mmd", "teach": True}, "train.alignment, train.teach"),
+        ({"tune": True, "target_statistics": True}, "train.target_statistics"),
+        ({"source_free": "entropy"}, "train.source_free"),
+    ],
+)
+def test_what_needs_one_process_is_refused_in_several_before_anything_is_learned(
+    more: dict[str, Any], where: str, efficientnet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(finetuning.Accelerator, "num_processes", 2)
     tuning.case(efficientnet, Train(**QUICK))
-    with pytest.raises(HeadstartError, match="statistics of BatchNorm") as caught:
-        tuning.case(efficientnet, Train(**QUICK | {"batch_norm": "updated"}))
+    method = {} if "batch_norm" in more else {"method": "domain_adaptation"}
+    with pytest.raises(HeadstartError, match="within one process, and there are 2") as caught:
+        tuning.case(efficientnet, Train(**QUICK | method | more))
+    assert caught.value.where == where
     assert "HEADSTART_PROCESSES=1" in caught.value.do
 
 

@@ -34,7 +34,7 @@ from headstart.progress import bar
 from headstart.recipe import Train
 
 if TYPE_CHECKING:
-    from headstart.checkpoints import Checkpoints
+    from headstart.checkpoints import Checkpoint, Checkpoints
     from headstart.classifiers import Classifier
     from headstart.packs import Pack, Rows
 
@@ -48,9 +48,9 @@ BAD_ROWS = "bad_rows.csv"
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Labels:
-    """What every row of a manifest should be, and how much it counts."""
+    """What every row of a manifest should be, and how much it counts; ``name`` writes into the arrays."""
 
     truth: Ints  # [n]
     targets: Floats  # [n, classes], each row a distribution
@@ -135,6 +135,9 @@ class Tuning:
         self.accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision="no")
         self.device = self.accelerator.device
         devices.keep_memory()
+        # One row alone has no variance to be standardised by.
+        self.least = 2 if any(classifier.following()) else 1  # rows of a batch
+        self._check()
         self.dtype = precision_of(choices, classifier, self.device)
         self.model = self.accelerator.prepare_model(classifier)
         self.groups = schedules.groups(
@@ -143,8 +146,6 @@ class Tuning:
         self.rates = [group["lr"] for group in self.groups]
         self.optimizer = _optimizer(choices, self.groups)
         self.epochs = choices.epochs
-        # One row alone has no variance to be standardised by.
-        self.least = 2 if any(classifier.following()) else 1  # rows of a batch
         self.per_epoch = len(packs.cut(train, choices.batch, self.least))
         self.micro = choices.batch  # rows that a process computes at a time
         self.changing = classifier.changing()
@@ -155,22 +156,22 @@ class Tuning:
         self.activations: Activations | None = None
         self.target_order: tuple[int, list[Rows]] = (-1, [])
         self.shares = None if shares is None else torch.from_numpy(shares).float().to(self.device)
-        if (choices.alignment or choices.source_free) and self.accelerator.num_processes > 1:
+
+    def _check(self) -> None:
+        """Refuse what cannot be learned in so many processes, or from batches of so few rows."""
+        processes, alone = self.accelerator.num_processes, self.choices.needs_one_process
+        if processes > 1 and alone:
             raise HeadstartError(
-                "alignment compares the rows of a batch within one process",
-                do="start one, or leave train.alignment and train.source_free out",
+                f"{' and '.join(alone)} must see a whole batch within one process, and there are {processes}",
+                where=", ".join(f"train.{key}" for key in alone),
+                do=f"set {devices.PROCESSES}=1, or leave this out",
             )
-        if choices.batch_norm == "updated" and self.accelerator.num_processes > 1:
-            raise HeadstartError(
-                "the statistics of BatchNorm follow the batches of one process",
-                where="train.batch_norm",
-                do=f"set {devices.PROCESSES}=1, or leave train.batch_norm out",
-            )
-        sides = [len(rows) for rows in (train, self.target_rows) if len(rows)]
-        if min([choices.batch, *sides]) < self.least:
+        batch = self.choices.batch
+        sides = [len(rows) for rows in (self.train_rows, self.target_rows) if len(rows)]
+        if min([batch, *sides]) < self.least:
             raise HeadstartError(
                 "BatchNorm cannot follow batches of a single row",
-                where=f"train.batch: {choices.batch}; {' and '.join(map(str, sides))} rows to learn from",
+                where=f"train.batch: {batch}; {' and '.join(map(str, sides))} rows to learn from",
                 do="raise train.batch or add rows; or do without `batch_norm: updated` and `entropy`",
             )
 
@@ -353,47 +354,66 @@ class Tuning:
                     torch.cuda.empty_cache()
 
     def _parts(self, rows: Rows, epoch: int) -> tuple[float, int]:
+        """As ``_gradients``: every process computes its share of the batch, in parts of ``micro`` rows."""
         count, rank = self.accelerator.num_processes, self.accelerator.process_index
-        whole = float(self.labels.weights[rows].sum()) or 1.0
         mine = rows[rank::count]
-        idle = not len(mine)  # every process must take part, or the others wait for ever
-        mine = rows[:1] if idle else mine
+        taking = 1 if len(mine) else 0  # every process must take part, or the others wait for ever
+        mine = mine if taking else rows[:1]
+        whole = float(self.labels.weights[rows].sum()) or 1.0
         told = []
         self.model.train()
         torch.manual_seed(seed_of(self.choices.seed, self.step, rank))  # what drops out at this step
         theirs = self._of_target(len(rows), epoch)
         parts, others = (packs.cut(side, self.micro, self.least) for side in (mine, theirs))
         for part, beside in zip_longest(parts, others, fillvalue=theirs[:0]):
-            last = part is parts[-1]
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                inputs, known = self._inputs(part, epoch)
-                targets, weights = (
-                    torch.from_numpy(array[part]).to(self.device, torch.float32)
-                    for array in (self.labels.targets, self.labels.weights)
-                )
-                if self.choices.label_smoothing:
-                    spread = self.choices.label_smoothing
-                    targets = targets * (1 - spread) + spread / targets.shape[1]
-                if self.choices.mixup:
-                    pixels, targets, weights = augmentation.mixed(
-                        inputs[0], targets, weights, self.choices.mixup, self.choices.seed, self.step
-                    )
-                    inputs = (pixels,)
-                seen, logits = self._learned_from(inputs, known)
-                losses = -(targets * logits.log_softmax(dim=1)).sum(dim=1)
-                loss = (weights * losses).sum() / whole * (0 if idle else 1)
-                if self.choices.source_free:
-                    loss = self._source_free(logits, loss, len(part) / len(mine))
-                if len(beside):
-                    share = self.choices.alignment_weight * len(part) / len(mine)
-                    loss = loss + share * self._alignment(seen, logits, beside, epoch)
+            with nullcontext() if part is parts[-1] else self.accelerator.no_sync(self.model):
+                loss, logits = self._loss(part, beside, epoch, whole, len(mine))
+                loss = loss * taking
                 # Several processes end up with the mean of their gradients, and the sum is wanted.
                 (loss * count).backward()
             truth = torch.from_numpy(self.labels.truth[part]).to(self.device)
-            right = (logits.argmax(dim=1) == truth).sum() * (0 if idle else 1)
+            right = (logits.argmax(dim=1) == truth).sum() * taking
             told.append(torch.stack([loss.detach(), right]))
         loss, right = self._added(torch.stack(told).cpu().double().sum(dim=0)).tolist()
         return loss, int(right)
+
+    def _loss(self, part: Rows, beside: Rows, epoch: int, whole: float, count: int) -> tuple[Tensor, Tensor]:
+        """What some rows add to the loss of their batch, and their logits [n, classes].
+
+        Args:
+            part: rows to learn from.
+            beside: rows of the target that ``alignment`` compares them with.
+            epoch: pictures look as they do in it.
+            whole: weight of all rows of the batch together.
+            count: how many of them this process computes.
+        """
+        inputs, known = self._inputs(part, epoch)
+        inputs, targets, weights = self._wanted(part, inputs)
+        seen, logits = self._learned_from(inputs, known)
+        losses = -(targets * logits.log_softmax(dim=1)).sum(dim=1)
+        loss = (weights * losses).sum() / whole
+        if self.choices.source_free:
+            loss = self._source_free(logits, loss, len(part) / count)
+        if len(beside):
+            share = self.choices.alignment_weight * len(part) / count
+            loss = loss + share * self._alignment(seen, logits, beside, epoch)
+        return loss, logits
+
+    def _wanted(self, rows: Rows, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """Inputs, targets [n, classes] and weights [n], smoothed and mixed as the recipe says."""
+        targets, weights = (
+            torch.from_numpy(array[rows]).to(self.device, torch.float32)
+            for array in (self.labels.targets, self.labels.weights)
+        )
+        if self.choices.label_smoothing:
+            spread = self.choices.label_smoothing
+            targets = targets * (1 - spread) + spread / targets.shape[1]
+        if self.choices.mixup:
+            pixels, targets, weights = augmentation.mixed(
+                inputs[0], targets, weights, self.choices.mixup, self.choices.seed, self.step
+            )
+            inputs = (pixels,)
+        return inputs, targets, weights
 
     def _learned_from(self, inputs: tuple[Tensor, ...], known: Tensor | None) -> tuple[Tensor, Tensor]:
         """Vectors and logits of a batch in training."""
@@ -580,6 +600,20 @@ class Tuning:
         if self.checkpoints is None or not self.accelerator.is_main_process:
             return
         began = time.monotonic()
+        self.checkpoints.save(self.step, *self._state())
+        self.pause = max(SECONDS_BETWEEN, (time.monotonic() - began) / SHARE_OF_TIME)
+
+    def _resumed(self) -> bool:
+        """Take up the last checkpoint, if there is one."""
+        checkpoint = self.checkpoints.latest() if self.checkpoints else None
+        if checkpoint is None:
+            return False
+        self._restore(checkpoint)
+        self._say("continuing after step %d of %d", self.step, self.epochs * self.per_epoch)
+        return True
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that a checkpoint keeps: tensors and notes."""
         tensors: dict[str, Tensor] = {}
         for kind, named in (("model", self.changing), ("mean", self.mean), ("best", self.best)):
             tensors |= {f"{kind}.{name}": value for name, value in named.items()}
@@ -588,7 +622,6 @@ class Tuning:
             tensors |= {
                 f"optimizer.{place}.{key}": value for key, value in state.items() if value is not None
             }
-        columns = list(self.history.steps[0])
         tensors["steps"] = torch.tensor(
             [list(line.values()) for line in self.history.steps], dtype=torch.float64
         )
@@ -597,19 +630,15 @@ class Tuning:
         notes = {
             "elapsed": self.elapsed,
             "micro": self.micro,
-            "columns": columns,
+            "columns": list(self.history.steps[0]),
             "epochs": self.history.epochs,
             "clock": self.history.clock,
             "chosen": self.history.chosen,
         }
-        self.checkpoints.save(self.step, tensors, notes)
-        self.pause = max(SECONDS_BETWEEN, (time.monotonic() - began) / SHARE_OF_TIME)
+        return tensors, notes
 
-    def _resumed(self) -> bool:
-        """Take up the last checkpoint, if there is one."""
-        checkpoint = self.checkpoints.latest() if self.checkpoints else None
-        if checkpoint is None:
-            return False
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Be what ``_state`` was."""
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "mean": {}, "best": {}, "optimizer": {}}
         for name, value in checkpoint.tensors.items():
             kind, _, rest = name.partition(".")
@@ -635,8 +664,6 @@ class Tuning:
             line |= {name: int(line[name]) for name in ("step", "epoch")}
         self.history = History(steps, notes["epochs"], notes["clock"], notes["chosen"])
         self.step, self.elapsed, self.micro = checkpoint.step, notes["elapsed"], notes["micro"]
-        self._say("continuing after step %d of %d", self.step, self.epochs * self.per_epoch)
-        return True
 
     def _say(self, message: str, *values: object) -> None:
         if self.accelerator.is_main_process:

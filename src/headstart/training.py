@@ -39,11 +39,8 @@ def train(recipe: Recipe, layout: Layout) -> None:
     if recipe.train.trains_backbone:
         from headstart import devices
 
-        # Domains are compared, rows read or labelled anew, and statistics followed within one process.
-        choices = recipe.train
-        aligned = choices.alignment or choices.teach or choices.target_statistics or choices.source_free
-        alone = aligned or choices.follows_batches
-        if not launching.launched() and (processes := devices.processes()) > 1 and not alone:
+        alone = launching.launched() or recipe.train.needs_one_process
+        if not alone and (processes := devices.processes()) > 1:
             launching.train(Path("recipes") / f"{layout.recipe}.yaml", processes)
             return
     stamped = stamps.take(recipe, layout)  # first: a choice edited from here on is not what was used
