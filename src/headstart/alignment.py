@@ -23,6 +23,7 @@ WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the Gaussian kernels, in mean squared 
 OUTER = 4096  # numbers in an outer product at most; Long et al. 2018 project what is larger
 ADVERSARIAL = ("domain_adversarial", "conditional_adversarial")
 PROJECTED = 1024  # numbers that are left of it, as in their code
+SURE = 0.95  # of a weak view; that of Sohn et al. 2020
 
 
 def between(
@@ -105,16 +106,13 @@ def joint_mmd(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
 
 
-def confusion(logits: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+def confusion(logits: Tensor) -> Tensor:
     """How often a row taken for one class could as well be another: ``adaptation.confusion_loss`` of a batch.
 
     Minimum class confusion (Jin et al. 2020, arXiv:1912.03699). Differs from the authors' code as there: the
-    gradient goes through the weights of the rows as well. Logits are [n, k], and divided by a positive
-    ``temperature``.
+    gradient goes through the weights of the rows as well. Logits are [n, k].
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature {temperature}: it must be positive")
-    logs = _logs(_exact(logits) / temperature)
+    logs = _logs(_exact(logits) / TEMPERATURE)
     sure = logs.exp()
     weights = 1 + torch.exp(-_entropies(logs))[:, None]
     mass = (weights * sure).sum(dim=0).clamp(min=TINY)
@@ -292,11 +290,11 @@ def conditional_adversarial(  # noqa: PLR0917  # a domain has two parts
     return _told_apart(logits, len(source), 1 + torch.exp(-_entropies(logs)))
 
 
-def consistency(weak_logits: Tensor, strong_logits: Tensor, threshold: float = 0.95) -> Tensor:
+def consistency(weak_logits: Tensor, strong_logits: Tensor) -> Tensor:
     """Cross-entropy of much changed views against what little changed ones of the same rows are sure of.
 
     Sohn et al. 2020, "FixMatch", arXiv:2001.07685: the label of the weak view counts where its probability
-    is at least ``threshold``, and no gradient goes through it. The mean is over all rows, as there: 0 if no
+    is at least 0.95, and no gradient goes through it. The mean is over all rows, as there: 0 if no
     row is sure. Logits of both are [n, k].
     """
     if weak_logits.shape != strong_logits.shape:
@@ -305,7 +303,7 @@ def consistency(weak_logits: Tensor, strong_logits: Tensor, threshold: float = 0
         )
     sure, labels = _logs(weak_logits).detach().exp().max(dim=1)
     losses = -_logs(strong_logits).gather(1, labels[:, None]).squeeze(1)
-    return (losses * (sure >= threshold)).mean()
+    return (losses * (sure >= SURE)).mean()
 
 
 def centroid_labels(vectors: Tensor, logits: Tensor, rounds: int = 2) -> Tensor:
@@ -319,13 +317,11 @@ def centroid_labels(vectors: Tensor, logits: Tensor, rounds: int = 2) -> Tensor:
     Args:
         vectors: [n, d], best of the whole target.
         logits: [n, k].
-        rounds: at least 1.
+        rounds: how often centroids are taken; the paper takes them twice.
     """
     shares = _logs(logits).detach().exp()
     if vectors.ndim != 2 or len(vectors) != len(shares):
         raise ValueError(f"vectors {tuple(vectors.shape)} do not fit logits {tuple(logits.shape)}")
-    if rounds < 1:
-        raise ValueError(f"{rounds} rounds: at least one is needed")
     rows = _exact(vectors.detach())
     directions = functional.normalize(rows, eps=TINY)
     with torch.autocast(rows.device.type, enabled=False):

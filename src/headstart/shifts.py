@@ -36,6 +36,7 @@ Kind = Literal["none", "labels", "features"]
 
 PENALTY = 0.1  # of the domain classifier; on 1,280 dimensions 0.01 to 1 give nearly the same AUROC
 FOLDS = 5
+SAMPLED = 2000  # rows of a side that a domain classifier is made of
 SIGNIFICANT = 0.05
 CURVE = 2000  # quantiles that stand for the target's logits: their shape needs no more
 MODES = 101  # places tried for the peak of a single clump
@@ -86,7 +87,6 @@ def separability(
     groups: tuple[Groups, Groups] | None = None,
     *,
     seed: int = 0,
-    rows: int = 2000,
 ) -> Interval:
     """How well a linear classifier tells target rows from source rows: its cross-validated AUROC.
 
@@ -110,8 +110,7 @@ def separability(
         target: [m, d].
         groups: [n] and [m], any values; equal values, on one side or on both, share a fold. By default each
             row is a group.
-        seed: decides the rows, the folds and the resamples.
-        rows: at most so many rows of a side are used.
+        seed: decides which rows of a side are used, if there are more than 2,000; the folds; the resamples.
 
     Returns:
         The AUROC with its interval; NaN thrice if a side has one group only.
@@ -124,7 +123,7 @@ def separability(
     from headstart.splits import folds
 
     chance = np.random.default_rng(seed)
-    (x, y), sides = _sampled(source, target, groups, rows, chance)
+    (x, y), sides = _sampled(source, target, groups, SAMPLED, chance)
     sizes = [len(np.unique(side)) for side in sides]
     if min(sizes) < 2:
         return Interval(np.nan, np.nan, np.nan)
@@ -214,7 +213,6 @@ def location(
     groups: tuple[Groups, Groups] | None = None,
     *,
     seed: int = 0,
-    rows: int = 2000,
 ) -> float:
     """Share of the distance between the domains that standardising each by its own moments removes.
 
@@ -238,8 +236,7 @@ def location(
         source: [n, d], any float type.
         target: [m, d].
         groups: as for ``separability``.
-        seed: decides the rows, the folds and the resamples.
-        rows: at most so many rows of a side are used.
+        seed: decides which rows of a side are used, if there are more than 2,000; the folds; the resamples.
 
     Returns:
         The share, 0 to 1; NaN if the domains are not apart to begin with, or a side has one group only.
@@ -249,9 +246,9 @@ def location(
     """
     from scipy.special import ndtri
 
-    (x, y), sides = _sampled(source, target, groups, rows, np.random.default_rng(seed))
+    (x, y), sides = _sampled(source, target, groups, SAMPLED, np.random.default_rng(seed))
     before, after = (
-        separability(*_squares(*pair), sides, seed=seed, rows=rows).value
+        separability(*_squares(*pair), sides, seed=seed).value
         for pair in ((x, y), (_standardised(x), _standardised(y)))
     )
     # Half a row on the wrong side: without overlap the distance is beyond measure.
