@@ -128,6 +128,13 @@ def test_folds_that_leave_no_group_of_a_class_to_learn_from_are_refused_before_a
     assert caught.value.do == advice
 
 
+def test_a_class_without_any_row_is_named_before_anything_is_trained(tmp_path: Path) -> None:
+    chosen = cached.recipe(validate={"adapter": "table", "classes": ["no", "perhaps", "yes"]})
+    with pytest.raises(HeadstartError, match="too few groups for 3 folds") as caught:
+        cross_validate(chosen, cached.write(tmp_path), 3)
+    assert caught.value.table == ["perhaps: 0"]
+
+
 def test_adaptation_is_not_cross_validated(tmp_path: Path) -> None:
     layout, _ = cached.shifted(tmp_path)
     with pytest.raises(HeadstartError, match="those of the target domain are put aside"):

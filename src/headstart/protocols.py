@@ -15,10 +15,11 @@ import pandas as pd
 from headstart import domains, splits
 from headstart.calibration import decision
 from headstart.errors import HeadstartError
-from headstart.examples import Examples, Rows, load
+from headstart.examples import Examples, load
 from headstart.fitting import source_of
 from headstart.layout import Layout
 from headstart.metrics import METRICS, scores
+from headstart.packs import Rows
 from headstart.progress import bar
 from headstart.recipe import Recipe
 from headstart.training import fit
@@ -74,8 +75,7 @@ def cross_validate(
         dealt.items(), desc="cross-validating", unit=" folds"
     ):
         model = fit(recipe.training(seed=recipe.train.seed + seed), layout, examples, fitted, choosing)
-        if model is None:
-            continue  # one of several processes; the first of them reports
+        assert model is not None  # no command measures in several processes
         rule = decision(
             examples.truth[choosing], model.probabilities(choosing), examples.classes, recipe.train.decide
         )
@@ -140,8 +140,7 @@ def adapt_each_pair(recipe: Recipe, layout: Layout, folds: int = 2, seeds: int =
         choices = {"seed": recipe.train.seed + seed, "method": "domain_adaptation", "tune": tune}
         chosen = recipe.training(**choices)
         source = source_of(chosen, layout, examples, train, val)
-        if source is None:
-            continue  # one of several processes; the first of them reports
+        assert source is not None  # no command measures in several processes
         for other in sorted(set(names) - {name}):
             there = np.flatnonzero(of == other)
             fold = splits.folds(examples.manifest.iloc[there].assign(label=""), folds, seed)
@@ -228,7 +227,8 @@ def format_table(rows: pd.DataFrame, confidence: float = 0.95) -> str:
 
 def _held(examples: Examples, random_folds: bool) -> pd.Series:
     """Number of groups (or rows) that each class has, by its name."""
-    return examples.manifest.groupby("label")["id" if random_folds else "group"].nunique()
+    held = examples.manifest.groupby("label")["id" if random_folds else "group"].nunique()
+    return held.reindex(examples.classes, fill_value=0)
 
 
 def _enough(examples: Examples, folds: int, random_folds: bool) -> None:
@@ -245,9 +245,7 @@ def _enough(examples: Examples, folds: int, random_folds: bool) -> None:
 
 def _learnable(examples: Examples, fitted: Rows, folds: int, random_folds: bool) -> None:
     """Raise HeadstartError if all training rows of a class have been dealt to the part that chooses."""
-    lacking = np.setdiff1d(examples.truth, examples.truth[fitted])
-    names = [examples.classes[place] for place in lacking if place >= 0]
-    if names:
+    if names := examples.absent(fitted):
         held, unit = _held(examples, random_folds), "rows" if random_folds else "groups"
         more = f"use more folds, up to {held.min()}, or add" if folds < held.min() else "add"
         raise HeadstartError(
