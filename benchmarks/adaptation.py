@@ -25,9 +25,10 @@ import pandas as pd
 from results import keep, known
 
 from headstart import adaptation, domains, environment, fitting, recipe, splits
-from headstart.examples import Examples, Rows, labels, load
+from headstart.examples import Examples, labels, load
 from headstart.layout import Layout
 from headstart.metrics import scores
+from headstart.packs import Rows
 
 ROOT = environment.project_root(Path(__file__).parent)
 PEERS = Path(os.environ.get("PEERS", ROOT / ".venv-peers")) / "bin/python"

@@ -21,9 +21,10 @@ from results import keep
 from safetensors.torch import load_file, save_file
 
 from headstart import backbones, environment, recipe, training
-from headstart.examples import Examples, Rows, load
+from headstart.examples import Examples, load
 from headstart.layout import Layout
 from headstart.metrics import scores
+from headstart.packs import Rows
 
 ROOT = environment.project_root(Path(__file__).parent)
 SIZES, SEEDS, JUDGED = (5, 10, 25, 50, 100, 250), 3, 500

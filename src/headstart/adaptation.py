@@ -28,8 +28,8 @@ from headstart.heads import (
     standardised,
 )
 from headstart.metrics import TINY, Floats
+from headstart.packs import Rows
 
-Rows = NDArray[np.int64]
 Known = tuple[Rows, Floats] | None  # target rows with a label, and their targets
 
 # Of a head for the target: how far it may move is not for rows of the source to choose.

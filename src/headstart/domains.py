@@ -18,11 +18,12 @@ import pandas as pd
 from headstart import adaptation, selection, shifts, source_free
 from headstart.adaptation import Source
 from headstart.errors import HeadstartError
-from headstart.examples import Examples, Rows, finite, labels
+from headstart.examples import Examples, finite, labels
 from headstart.fitting import Frozen, Tuned, clock_of, source_of, tuning_of
 from headstart.heads import Features, Head
 from headstart.layout import Layout
 from headstart.metrics import Floats
+from headstart.packs import Rows
 from headstart.recipe import Recipe, Train
 from headstart.shifts import Diagnosis
 

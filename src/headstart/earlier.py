@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from headstart.errors import HeadstartError
 from headstart.layout import written_whole
+from headstart.packs import Rows
 
-Rows = NDArray[np.int64]
 Digests = NDArray[np.bytes_]  # [rows]
 log = logging.getLogger(__name__)
 

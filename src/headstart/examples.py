@@ -12,16 +12,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from headstart import source_free
 from headstart.errors import HeadstartError, unmade
 from headstart.heads import Features
 from headstart.layout import HIDDEN, Layout, sha256_of
 from headstart.metrics import Floats, Ints
+from headstart.packs import Rows
 from headstart.recipe import Recipe, Train
 
-Rows = NDArray[np.int64]
 PUT_ASIDE: dict[str, Any] = {"label": HIDDEN, "confidence": 1.0, "weight": 1.0, "split": "train"}
 
 
@@ -132,7 +131,10 @@ class SoftTargets:
 
 
 def labels(examples: Examples, choices: Train, train: Rows) -> tuple[SoftTargets, Floats]:
-    """Targets [n, k] and weights float64 [n] of every row."""
+    """Targets [n, k] and weights float64 [n] of every row.
+
+    Of a row whose label is put aside they mean nothing, and nobody may read them.
+    """
     k = len(examples.classes)
     confidence = examples.manifest["confidence"].to_numpy(np.float64)
     weights = examples.manifest["weight"].to_numpy(np.float64)

@@ -46,12 +46,11 @@ from headstart import (
 )
 from headstart.errors import HeadstartError, unmade
 from headstart.layout import Layout, sha256_of, unwritable_named, written_whole
-from headstart.packs import Pack, Sentences
+from headstart.packs import Pack, Rows, Sentences
 from headstart.precision import Arithmetic
 from headstart.progress import bar
 from headstart.recipe import Features, Recipe
 
-Rows = NDArray[np.int64]
 Item = str | bytes | Path
 Form = tuple[tuple[int, ...], str]  # shape and dtype of an array
 

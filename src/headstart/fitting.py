@@ -20,10 +20,11 @@ import pandas as pd
 from headstart import launching
 from headstart.calibration import tempered
 from headstart.errors import HeadstartError
-from headstart.examples import Examples, Rows, check, finite, labels
+from headstart.examples import Examples, check, finite, labels
 from headstart.heads import Features, Head, select
 from headstart.layout import Layout
 from headstart.metrics import Floats
+from headstart.packs import Rows
 from headstart.recipe import Recipe, Train
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Fitted(Protocol):
 def source_of(
     recipe: Recipe, layout: Layout, examples: Examples, train: Rows, val: Rows, *, key: str | None = None
 ) -> Frozen | Tuned | None:
-    """The same as ``fit``, before any adaptation of the head.
+    """The model of labelled rows, before any adaptation; None in all but the first of several processes.
 
     With ``tune``, the features of its examples are those of the trained backbone.
     """

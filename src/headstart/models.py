@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from headstart.features import Extractor, Item
     from headstart.precision import Arithmetic
 
-NO_LABEL = ""  # where a model abstains
+ABSTAINED = ""  # in the place of a label
 
 
 class Answers(NamedTuple):
     """What a model says of some rows."""
 
-    labels: list[str]  # "" where it abstains
+    labels: list[str]  # ``ABSTAINED`` where it does not know
     probabilities: Floats  # float64 [rows, classes]
 
 
@@ -74,7 +74,7 @@ class Model:
         """Labels for probabilities, float64 [rows, classes]."""
         named, sure = self.decision.named(probabilities), self.decision.sure(probabilities)
         return Answers(
-            [self.classes[c] if said else NO_LABEL for c, said in zip(named, sure, strict=True)],
+            [self.classes[c] if said else ABSTAINED for c, said in zip(named, sure, strict=True)],
             probabilities,
         )
 

@@ -17,7 +17,7 @@ from headstart import texts
 from headstart.errors import HeadstartError
 from headstart.layout import Layout
 
-Rows = NDArray[np.int64]
+Rows = NDArray[np.int64]  # positions in a manifest
 POOL = 50  # batches whose rows are sorted by length together: more would make the order less random
 
 

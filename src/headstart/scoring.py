@@ -40,13 +40,14 @@ from headstart.adapters import (
 )
 from headstart.errors import HeadstartError
 from headstart.layout import room_for_file, unwritable_named
-from headstart.models import NO_LABEL, Model, Version, arithmetic_here
+from headstart.models import ABSTAINED, Model, Version, arithmetic_here
 from headstart.progress import bar
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from headstart.features import Images, Item, Rows
+    from headstart.features import Images, Item
+    from headstart.packs import Rows
 
 STDIN = "-"
 TABLES = tuple(sorted(TABLE_SUFFIXES))
@@ -196,7 +197,7 @@ def _answered(model: Model, source: Source, chunk: Chunk, schema: pa.Schema) -> 
     import pyarrow as pa
 
     items, faults = items_of(source, chunk, model.modality)
-    labels = [NO_LABEL] * chunk.rows.num_rows
+    labels = [ABSTAINED] * chunk.rows.num_rows
     probabilities = np.full((chunk.rows.num_rows, len(model.classes)), np.nan)
     places = np.fromiter(items, np.int64, len(items))
     vectors, unread = vectors_of(model, list(items.values()))

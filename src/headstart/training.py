@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from headstart import domains, fitting, launching, stamps
 from headstart.calibration import Decision, decision, temperature
-from headstart.examples import Examples, Rows, load
+from headstart.examples import Examples, load
 from headstart.fitting import Calibrated, Fitted
 from headstart.layout import Layout, written_whole
 from headstart.metrics import Floats
+from headstart.packs import Rows
 from headstart.recipe import Recipe, Train
 
 
