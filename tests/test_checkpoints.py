@@ -41,7 +41,7 @@ for line in sys.stdin:
         print(pid, flush=True)
         continue
     signal.alarm(20)
-    checkpoints, events = Checkpoints(Path(asked["folder"]), asked["keep"]), 0
+    checkpoints, events = Checkpoints(Path(asked["folder"])), 0
 
     def hook(event, arguments):
         global events
@@ -79,7 +79,7 @@ def saver() -> Iterator[Saver]:
 
         def start(folder: Path, first: int, steps: int, **options: int) -> int:
             asked = {"folder": str(folder), "first": first, "steps": steps}
-            asked |= {"size": 1000, "keep": 2, "killed_at": 0} | options
+            asked |= {"size": 1000, "killed_at": 0} | options
             assert parent.stdin and parent.stdout
             print(json.dumps(asked), file=parent.stdin, flush=True)
             return int(parent.stdout.readline())
@@ -105,8 +105,8 @@ def state(step: int, size: int = 100) -> dict[str, Tensor]:
     return {"weight": torch.full((size,), float(step)), "step": torch.tensor(step)}
 
 
-def saved(folder: Path, *steps: int, keep: int = 2) -> Checkpoints:
-    checkpoints = Checkpoints(folder, keep)
+def saved(folder: Path, *steps: int) -> Checkpoints:
+    checkpoints = Checkpoints(folder)
     for step in steps:
         assert checkpoints.save(step, state(step), {"step": step})
     return checkpoints
@@ -243,10 +243,9 @@ def test_where_nothing_was_saved_there_is_none_and_nothing_to_say(
 # How many
 
 
-@pytest.mark.parametrize(("keep", "left"), [(1, [12]), (2, [11, 12]), (3, [9, 11, 12]), (9, [2, 9, 11, 12])])
-def test_the_last_few_are_kept(keep: int, left: list[int], tmp_path: Path) -> None:
-    checkpoints = saved(tmp_path, 2, 9, 11, 12, keep=keep)
-    assert names(tmp_path) == sorted(pairs(*left))
+def test_the_last_two_are_kept(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 2, 9, 11, 12)
+    assert names(tmp_path) == sorted(pairs(11, 12))
     assert whole(checkpoints.latest()) == 12
 
 
@@ -258,7 +257,7 @@ def test_steps_are_ordered_as_numbers_even_when_they_outgrow_their_names(tmp_pat
 
 def test_what_was_just_saved_is_never_too_old(tmp_path: Path) -> None:
     saved(tmp_path, 50, 60)
-    saved(tmp_path, 10, keep=1)
+    saved(tmp_path, 10)
     assert pairs(10)[0] in names(tmp_path)
 
 
@@ -271,36 +270,31 @@ def test_a_step_saved_again_is_replaced(tmp_path: Path) -> None:
     assert names(tmp_path) == pairs(1, 2)
 
 
-def test_none_cannot_be_kept(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        Checkpoints(tmp_path, keep=0)
-
-
 # Kills
 
 
 def test_killed_at_every_file_it_touches_a_save_leaves_the_one_before_or_itself(
     tmp_path: Path, saver: Saver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    saved(tmp_path / "one", 1)
+    saved(tmp_path / "two", 0, 1)
     steps: list[int] = []
     for number in range(1, 200):
         folder = tmp_path / f"killed-{number}"
-        shutil.copytree(tmp_path / "one", folder)
-        gone(saver(folder, first=2, steps=1, keep=1, killed_at=number))
-        complete = names(folder) == pairs(2)
-        checkpoints = Checkpoints(folder, keep=1)
+        shutil.copytree(tmp_path / "two", folder)
+        gone(saver(folder, first=2, steps=1, killed_at=number))
+        complete = names(folder) == sorted(pairs(1, 2))
+        checkpoints = Checkpoints(folder)
         steps.append(whole(checkpoints.latest()))
         if number % 2:  # what the kill left, latest or the next save removes
-            assert set(names(folder)) <= {*pairs(1), *pairs(2)}
+            assert set(names(folder)) <= {*pairs(0), *pairs(1), *pairs(2)}
         assert checkpoints.save(3, state(3), {"step": 3})
-        assert names(folder) == pairs(3)
+        assert names(folder) == sorted(pairs(steps[-1], 3))
         if complete:
             break
     assert complete
     assert steps == sorted(steps)  # once it is there, it stays
     assert steps.count(1) > 5
-    assert steps.count(2) > 1  # one of them with step 1 not yet removed
+    assert steps.count(2) > 1  # one of them with step 0 not yet removed
     assert warnings(caplog) == []
 
 
@@ -457,17 +451,17 @@ def room_for_files_of(size: int) -> Iterator[None]:
 def test_on_a_full_disk_the_one_before_is_kept_and_training_goes_on(
     size: int, notes: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpoints = saved(tmp_path, 1, keep=1)
+    checkpoints = saved(tmp_path, 0, 1)
     with room_for_files_of(100_000):
         assert not checkpoints.save(2, state(2, size), notes)
     (warning,) = warnings(caplog)
     assert f"could not save the checkpoint of step 2 in {tmp_path}" in warning
     assert "File too large" in warning
     assert warning.endswith("; the one of step 1 is kept")
-    assert names(tmp_path) == pairs(1)
+    assert names(tmp_path) == sorted(pairs(0, 1))
     assert whole(checkpoints.latest()) == 1
     assert checkpoints.save(3, state(3, size), notes)
-    assert names(tmp_path) == pairs(3)
+    assert names(tmp_path) == sorted(pairs(1, 3))
 
 
 def test_a_full_disk_at_the_first_save_is_said_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -484,7 +478,7 @@ def test_a_full_disk_at_the_first_save_is_said_too(tmp_path: Path, caplog: pytes
 def test_wherever_the_disk_fails_no_save_ends_the_training(
     room: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints = saved(tmp_path, 1, keep=1)
+    checkpoints = saved(tmp_path, 0, 1)
     calls = 0
 
     def failing(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -505,7 +499,7 @@ def test_wherever_the_disk_fails_no_save_ends_the_training(
     # mkdir, fsync, write_text, fsync, replace, replace; then the fsync of the folder, which is not vital.
     assert done == (room >= 6)
     assert len(warnings(caplog)) == (not done)
-    assert names(tmp_path) == pairs(2 if done else 1)
+    assert names(tmp_path) == sorted(pairs(1, 2) if done else pairs(0, 1))
     assert whole(checkpoints.latest()) == (2 if done else 1)
 
 

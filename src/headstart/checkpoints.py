@@ -1,4 +1,4 @@
-"""Checkpoints: the last few states of one training run, each of them whole or not there.
+"""Checkpoints: the last two states of one training run, each of them whole or not there.
 
 Goes in: named tensors and plain notes. Comes out: the newest state that can be read back, bit for bit. Never
 ends a training: where nothing can be written, the states before are what is left, and the log says so.
@@ -21,6 +21,7 @@ from headstart.layout import sha256_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+KEPT = 2  # of one run
 NAME = re.compile(r"step-(\d+)\.json")
 log = logging.getLogger(__name__)
 
@@ -42,23 +43,17 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The last few states of one training run, in one folder.
+    """The last two states of one training run, in one folder.
 
     Each is ``step-N.safetensors`` and ``step-N.json``, which holds the step, the notes and the sha256 of the
     tensors. The JSON gets its name last: where there is none, there is no checkpoint.
 
     Args:
         folder: theirs alone; made when the first is saved.
-        keep: how many are kept, at least 1.
-
-    Raises:
-        ValueError: fewer than one is to be kept.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        if keep < 1:
-            raise ValueError(f"{keep} checkpoints cannot be kept; at least 1 can")
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def save(self, step: int, tensors: dict[str, Tensor], notes: dict[str, Any]) -> bool:
         """Write one, then remove the oldest of those that are now too many.
@@ -112,7 +107,7 @@ class Checkpoints:
         with suppress(OSError):  # some file systems cannot flush a folder
             _flush(self.folder)
         earlier = sorted((number, file) for number, file in self._saved().items() if number < step)
-        for _, file in earlier[: max(0, len(earlier) + 1 - self.keep)]:
+        for _, file in earlier[: max(0, len(earlier) + 1 - KEPT)]:
             _forget(file)
         return True
 
