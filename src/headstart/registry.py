@@ -7,6 +7,7 @@ Goes in: the outputs of ``train`` and ``evaluate``. Comes out: a pickle-free pyf
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -235,8 +236,6 @@ def _log_model(recipe: Recipe, layout: Layout) -> Any:
 
 
 def _example_image() -> bytes:
-    import io
-
     from PIL import Image
 
     sink = io.BytesIO()

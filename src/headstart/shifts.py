@@ -13,6 +13,7 @@ from math import sqrt
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 
 from headstart import heads
 from headstart.class_shares import (
@@ -30,6 +31,7 @@ from headstart.class_shares import (
 )
 from headstart.heads import Features, Singles, fit
 from headstart.metrics import TINY, Floats, Ints, resampled
+from headstart.splits import folds
 
 # "none": not shown by both tests. "labels": other class shares explain what they see, or nearly.
 Kind = Literal["none", "labels", "features"]
@@ -118,10 +120,6 @@ def separability(
     Raises:
         ValueError: shapes that do not fit, a side without rows, sampled features that are not finite.
     """
-    import pandas as pd
-
-    from headstart.splits import folds
-
     chance = np.random.default_rng(seed)
     (x, y), sides = _sampled(source, target, groups, SAMPLED, chance)
     sizes = [len(np.unique(side)) for side in sides]
