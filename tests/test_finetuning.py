@@ -502,7 +502,7 @@ def test_what_needs_one_process_is_refused_in_several_before_anything_is_learned
     monkeypatch.setattr(finetuning.Accelerator, "num_processes", 2)
     tuning.case(efficientnet, Train(**QUICK))
     method = {} if "batch_norm" in more else {"method": "domain_adaptation"}
-    with pytest.raises(HeadstartError, match="within one process, and there are 2") as caught:
+    with pytest.raises(HeadstartError, match="needs one process, and there are 2") as caught:
         tuning.case(efficientnet, Train(**QUICK | method | more))
     assert caught.value.where == where
     assert "HEADSTART_PROCESSES=1" in caught.value.do

@@ -162,7 +162,7 @@ class Tuning:
         processes, alone = self.accelerator.num_processes, self.choices.needs_one_process
         if processes > 1 and alone:
             raise HeadstartError(
-                f"{' and '.join(alone)} must see a whole batch within one process, and there are {processes}",
+                f"training with {' and '.join(alone)} needs one process, and there are {processes}",
                 where=", ".join(f"train.{key}" for key in alone),
                 do=f"set {devices.PROCESSES}=1, or leave this out",
             )
