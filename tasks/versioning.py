@@ -368,7 +368,8 @@ def _dvc(
     if error_file:
         environment[ERROR_FILE] = str(error_file)
     if sys.stderr.isatty():
-        environment[TERMINAL] = os.ttyname(sys.stderr.fileno())
+        with contextlib.suppress(OSError):  # a container may have been lent one that it cannot name
+            environment[TERMINAL] = os.ttyname(sys.stderr.fileno())
     # Never --quiet: then it would not say either why it fails.
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
     waiting = _Waiting(f"`dvc {' '.join(arguments)}`", root, log, patience)

@@ -117,10 +117,10 @@ def test_a_container_has_the_cores_of_its_quota_and_not_those_of_its_host(
     if quota:
         environment.CPU_LIMIT.write_text(f"{quota}\n")
     assert environment.cores() == expected
-    devices.keep_to_quota()
+    environment.keep_to_quota()
     assert os.environ.get("OMP_NUM_THREADS") == (None if expected == 64 else str(expected))
     os.environ["OMP_NUM_THREADS"] = "3"
-    devices.keep_to_quota()
+    environment.keep_to_quota()
     assert os.environ["OMP_NUM_THREADS"] == "3"
 
 

@@ -275,13 +275,19 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(
     assert finetuning.BAD_ROWS in str(caught.value)
 
 
-def test_what_does_not_fit_into_memory_is_halved_and_the_batch_stays(efficientnet: Path, caplog: Any) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory (MPS has 9")],
+)
+def test_what_does_not_fit_into_memory_is_halved_and_the_batch_stays(
+    error: RuntimeError, efficientnet: Path, caplog: Any
+) -> None:
     choices = Train(**QUICK | {"dropout": 0.0, "epochs": 1})
     whole, parts = tuning.case(efficientnet, choices), tuning.case(efficientnet, choices)
 
     def too_large(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
         if module.training and len(given[0]) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
 
     parts.classifier.register_forward_pre_hook(too_large)
     whole.run()

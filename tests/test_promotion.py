@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import getpass
 import json
 import multiprocessing
 import os
@@ -93,6 +94,19 @@ def test_the_champion_before_becomes_previous_and_the_history_keeps_why(registry
     assert (second.number, second.action, second.version, second.champion) == (2, "forced", "2", "1")
     assert second.reasons == ["the boss says so"]
     assert "@" in second.by
+
+
+@pytest.mark.parametrize("error", [KeyError("getpwuid(): uid not found: 12345"), OSError("No username set")])
+def test_whoever_has_no_name_is_known_by_a_number(
+    error: Exception, registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nameless() -> str:
+        raise error
+
+    monkeypatch.setattr(getpass, "getuser", nameless)
+    client = promotion.opened()
+    crown(client, "1")
+    assert promotion.history(client, NAME)[0].by.startswith(f"{os.getuid()}@")
 
 
 def test_promoting_the_champion_again_changes_nothing(registry: str) -> None:

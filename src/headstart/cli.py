@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headstart import __version__, devices, environment
+from headstart import __version__, environment
 from headstart.errors import HeadstartError
 from headstart.stages import ERROR_FILE
 
@@ -67,7 +67,7 @@ def _options(
 ) -> None:
     if quiet:
         os.environ["HEADSTART_QUIET"] = "1"
-    devices.keep_to_quota()  # before torch is loaded, which counts the cores once
+    environment.keep_to_quota()  # before torch is loaded, which counts the cores once
     for chatty in ("alembic", "dvc", "httpx", "mlflow", "timm"):
         logging.getLogger(chatty).setLevel("WARNING")
 

@@ -11,7 +11,6 @@ import ctypes
 import os
 from typing import TYPE_CHECKING
 
-from headstart import environment
 from headstart.errors import HeadstartError
 
 if TYPE_CHECKING:
@@ -67,15 +66,6 @@ def processes() -> int:
             "several processes cannot share mps", where=PROCESSES, do=f"set it to 1, or {DEVICE} to cpu"
         )
     return int(wanted)
-
-
-def keep_to_quota() -> None:
-    """Let libraries that are loaded later, torch among them, compute in no more threads than are given cores.
-
-    Of their own accord they count the cores of the host, and a container of 4 among 64 would run 64 threads.
-    """
-    if environment.cores() < (os.cpu_count() or 1):
-        os.environ.setdefault("OMP_NUM_THREADS", str(environment.cores()))
 
 
 def keep_memory() -> None:

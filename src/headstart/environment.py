@@ -49,6 +49,15 @@ def cores() -> int:
     return may
 
 
+def keep_to_quota() -> None:
+    """Let libraries that are loaded later, torch among them, compute in no more threads than are given cores.
+
+    Of their own accord they count the cores of the host, and a container of 4 among 64 would run 64 threads.
+    """
+    if cores() < (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
+
+
 def project_root(start: Path | None = None) -> Path:
     """The nearest folder at or above ``start`` (by default the working directory) with a dvc.yaml.
 
@@ -94,6 +103,7 @@ def prepare(root: Path) -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     _spare_this_machine()
+    keep_to_quota()
     if quiet():
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     # In one database two projects would share a work pool and the names of deployments: the worker of one

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -340,18 +341,20 @@ class Tuning:
         while True:
             try:
                 return self._parts(rows, epoch)
-            except torch.OutOfMemoryError:
-                self.optimizer.zero_grad(set_to_none=True)
+            except RuntimeError as error:
+                if not devices.out_of_memory(error):
+                    raise
                 if self.micro <= self.least or self.accelerator.num_processes > 1:
                     raise HeadstartError(
                         "a training step does not fit into memory",
                         where=f"{self.micro} rows on {self.device}",
                         do="lower train.batch or features.image_size, or name more layers in train.freeze",
                     ) from None
-                self.micro = max(self.least, ceil(min(self.micro, len(rows)) / 2))
-                log.warning("out of memory on %s: going on with %d rows at a time", self.device, self.micro)
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+            # Here, where nothing of the step that failed is held any more.
+            self.optimizer.zero_grad(set_to_none=True)
+            devices.empty_cache(self.device)
+            self.micro = max(self.least, ceil(min(self.micro, len(rows)) / 2))
+            log.warning("out of memory on %s: going on with %d rows at a time", self.device, self.micro)
 
     def _parts(self, rows: Rows, epoch: int) -> tuple[float, int]:
         """As ``_gradients``: every process computes its share of the batch, in parts of ``micro`` rows."""
@@ -584,7 +587,8 @@ class Tuning:
         """Tell of an epoch from step ``first`` on, which began then: of one taken up, what came after."""
         seconds = time.monotonic() - began
         rows = (self.step - first) * self.choices.batch
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)  # GiB; Linux counts in KiB
+        unit = 1 if sys.platform == "darwin" else 1 << 10  # bytes there, KiB on Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / (1 << 30)
         line = {
             "epoch": epoch,
             "seconds": seconds,

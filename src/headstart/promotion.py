@@ -17,6 +17,7 @@ from __future__ import annotations
 import getpass
 import hashlib
 import json
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -277,11 +278,19 @@ class _Present:
 
     def entry(self, action: Action, reasons: list[str], **about: Any) -> Entry:
         """The next decision; ``about``: the version, the champion before it, and what was judged."""
-        by = f"{getpass.getuser()}@{socket.gethostname()}"
+        by = f"{_user()}@{socket.gethostname()}"
         at = datetime.now(UTC).isoformat(timespec="seconds")
         return Entry(
             number=self.decisions + 1, at=at, by=by, action=action, reasons=_clipped(reasons), **about
         )
+
+
+def _user() -> str:
+    """Who this is: a name, or the number of a container's user who has none."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # before Python 3.13, and since
+        return str(os.getuid())
 
 
 @contextmanager
