@@ -412,6 +412,31 @@ def test_a_file_or_a_folder_comes_from_any_other_store(store: Any) -> None:
     assert folder.name == "photos"
 
 
+def test_of_a_folder_that_failed_half_way_only_what_is_missing_or_has_changed_comes_again(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "FILES_AT_ONCE", 4)
+    store.pipe({f"/bucket/many/{i:02}.txt": b"%d" % i for i in range(20)})
+    get_file, asked = type(store).get_file, []
+
+    def get(self: Any, path: str, *rest: Any, **options: Any) -> None:
+        if len(asked) == 14:
+            raise RuntimeError("the store is down")
+        asked.append(path.rpartition("/")[2])
+        get_file(self, path, *rest, **options)
+
+    monkeypatch.setattr(type(store), "get_file", get)
+    assert refused("memory://bucket/many").transient
+    store.pipe("/bucket/many/00.txt", b"another")
+    store.rm("/bucket/many/01.txt")
+    asked[:] = ["of the second try"]
+    folder = sources.fetch("memory://bucket/many")
+    assert asked[1:] == ["00.txt", *(f"{i:02}.txt" for i in range(12, 20))]
+    expected = {f"{i:02}.txt": b"%d" % i for i in range(2, 20)} | {"00.txt": b"another"}
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == expected
+    assert not [*folder.parent.parent.glob("download.part*")]
+
+
 def test_what_no_store_has_is_an_error(store: Any) -> None:
     assert not refused("memory://bucket/nothing").transient
 

@@ -40,8 +40,6 @@ GRACE = 5.0  # seconds that a command waits longer than a batch needs to settle
 OWN = (batches.ABOUT, f"{batches.ABOUT}.partial", f".{REASONS}.partial")  # what is noted of a batch
 MAX_NAME = 255  # bytes that file systems take
 REMIND = 3600.0  # seconds after which a batch that nobody took is news again
-# What a store knows of a file that changes with it.
-FACTS = ("size", "mtime", "ETag", "etag", "LastModified", "last_modified", "updated", "created")
 PATTERN = {"*", "?", "["}  # what a store's driver takes for more than a name
 UNUSABLE = "usable_rows"
 REMEDY = {
@@ -534,7 +532,9 @@ class Inbox:
                 return {}
             except RecursionError:  # too deep to be looked at, so no batch
                 return {f"/{name}/..": []}
-        known = FACTS[:2] if self.local else FACTS  # a file's other times change with its name
+        known = (
+            sources.FACTS[:2] if self.local else sources.FACTS
+        )  # a file's other times change with its name
         return {
             path.removeprefix(self.root): [str(facts.get(fact)) for fact in known]
             for path, facts in found.items()

@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.request import url2pathname
 
 import platformdirs
@@ -34,7 +34,6 @@ __all__ = [
     "digest_of",
     "fetch",
     "files_of",
-    "from_store",
     "local",
     "redacted",
     "split_fragment",
@@ -42,9 +41,16 @@ __all__ = [
     "walk",
 ]
 
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
 log = logging.getLogger(__name__)
 
 PART = "download.part"
+FILES = f"{PART}.files"  # for each file of a store's folder that is here whole, what the store knows of it
+FILES_AT_ONCE = 256  # of a store's folder: the most that a failure costs
+# What a store knows of a file that changes with it.
+FACTS = ("size", "mtime", "ETag", "etag", "LastModified", "last_modified", "updated", "created")
 # What a transformers model needs and no code: configuration, tokenizer, weights.
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
@@ -163,6 +169,8 @@ def _bring(uri: str, get: Getter, entry: Path, sha256: str | None) -> Path:
     """Download, verify, and only then let it appear in the cache."""
     part = entry / PART
     for resumed in (part.exists(), False):
+        if not part.exists():
+            remove(entry / FILES)
         name, promised = get(uri, part, sha256)
         digest = digest_of(part)
         expected = sha256 if sha256 and digest != sha256 else promised
@@ -181,6 +189,7 @@ def _bring(uri: str, get: Getter, entry: Path, sha256: str | None) -> Path:
     (entry / f"sha256-{digest}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     part.replace(target)
     remove(entry / f"{PART}.json")
+    remove(entry / FILES)
     if sha256 is None:
         log.info("fetched %s; to pin it, add this line to the recipe:\n  sha256: %s", redacted(uri), digest)
     return target
@@ -227,7 +236,7 @@ def _getter(uri: str) -> Getter | None:
     stores = [name for name in fsspec.available_protocols() if name not in {"file", "local"}]
     if scheme in stores:
         if rest.startswith("//"):
-            return from_store
+            return _from_store
         guess = f"{scheme}://{rest.lstrip('/')}"
     elif near := difflib.get_close_matches(scheme, [*KINDS, *stores], n=1):
         guess = f"{near[0]}:{rest}"
@@ -303,27 +312,67 @@ def _from_torchvision(uri: str, part: Path, sha256: str | None) -> tuple[str, st
     return safe_name(url), digits[1] if digits else ""
 
 
-def from_store(uri: str, part: Path, sha256: str | None = None) -> tuple[str, str]:
+def _from_store(uri: str, part: Path, sha256: str | None) -> tuple[str, str]:
     """Put a file or a folder of any other store at ``part``, through the store's fsspec driver."""
     import fsspec
     from fsspec.callbacks import TqdmCallback
 
-    remove(part)
     with trouble_named(uri):
         store, root = fsspec.url_to_fs(uri)
         root = root.rstrip("/")
-        name, folder = safe_name(root), store.isdir(root)
-        looks = {"desc": f"downloading {name}", "unit": " files" if folder else "B", "unit_scale": not folder}
-        with TqdmCallback(looks, tqdm_cls=bar) as tell:
-            if not folder:
-                store.get_file(root, str(part), callback=tell)
-                return name, ""
-            files = sorted(file for file in store.find(root) if not file.endswith("/"))
-            targets = [part / file.removeprefix(root).lstrip("/") for file in files]
-            if not files or any(".." in target.parts for target in targets):
-                raise FileNotFoundError(root)
-            store.get(files, [str(target) for target in targets], callback=tell)
+        name = safe_name(root)
+        if store.isdir(root):
+            _folder_of(store, root, part)
             return name, ""
+        remove(part)
+        with TqdmCallback(
+            {"desc": f"downloading {name}", "unit": "B", "unit_scale": True}, tqdm_cls=bar
+        ) as tell:
+            store.get_file(root, str(part), callback=tell)
+        return name, ""
+
+
+def _folder_of(store: AbstractFileSystem, root: str, part: Path) -> None:
+    """Make ``part`` what a folder is now, keeping the files that an earlier try has brought whole.
+
+    A store may hold millions of files, and one that fails must not cost the others.
+    """
+    listed = {
+        path.removeprefix(root).lstrip("/"): (path, facts)
+        for path, facts in sorted(store.find(root, detail=True).items())
+        if not path.endswith("/")
+    }
+    there = {name: [str(facts.get(fact)) for fact in FACTS] for name, (_, facts) in listed.items()}
+    if not there or any(".." in Path(name).parts for name in there):
+        raise FileNotFoundError(root)
+    if part.is_file():
+        remove(part)
+    journal = part.with_name(FILES)
+    whole = {name: facts for name, facts in _lines(journal) if there.get(name) == facts}
+    for file in files_of(part) if part.exists() else ():
+        if file.relative_to(part).as_posix() not in whole:
+            file.unlink()
+    wanted = [name for name in there if name not in whole or not (part / name).exists()]
+    with (
+        bar(
+            total=len(there), initial=len(there) - len(wanted), desc=f"downloading {root}", unit=" files"
+        ) as tell,
+        journal.open("a", encoding="utf-8") as notes,
+    ):
+        for start in range(0, len(wanted), FILES_AT_ONCE):
+            some = wanted[start : start + FILES_AT_ONCE]
+            store.get([listed[name][0] for name in some], [str(part / name) for name in some])
+            notes.writelines(json.dumps([name, there[name]]) + "\n" for name in some)
+            notes.flush()
+            tell.update(len(some))
+
+
+def _lines(journal: Path) -> Iterator[tuple[str, list[str]]]:
+    """What a journal says; a kill may have cut its last line short."""
+    for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else ():
+        with contextlib.suppress(ValueError):
+            name, facts = json.loads(line)
+            yield name, facts
 
 
 @contextlib.contextmanager
