@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +188,7 @@ def test_frozen_layers_see_the_sentences_without_the_tokens_that_a_change_drops(
     adapting = {"method": "domain_adaptation", "tune": True, "alignment": "consistency"}
     made = Train(**DEFAULTS | adapting | {"freeze": "encoder.layer.0", "alignment_weight": 10.0})
     # Two epochs make nothing sure enough to count.
-    monkeypatch.setattr(alignment, "consistency", partial(alignment.consistency, threshold=0.0))
+    monkeypatch.setattr(alignment, "SURE", 0.0)
     plain, kept = sentences(made, None), sentences(made, tmp_path)
     assert losses(kept) == pytest.approx(losses(plain), abs=1e-5)
 

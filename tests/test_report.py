@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from headstart import report, stages
 from headstart.charts import Axis
@@ -487,7 +488,12 @@ def test_screenshots_for_the_documents(
 ) -> None:
     real = Layout(ROOT, SHOWN).report / "report.html"
     page = real.as_uri() if real.exists() else address(made, "photos")
-    take(browser, page, Path(os.environ.get("HEADSTART_SCREENSHOTS", tmp_path)))
+    folder = Path(os.environ.get("HEADSTART_SCREENSHOTS", tmp_path))
+    take(browser, page, folder)
+    for name, width in (("report-light", 1200), ("report-dark", 1200), ("report-phone", 375)):
+        with Image.open(folder / f"{name}.png") as shown:
+            assert shown.width % width == 0  # a phone has several dots a pixel
+            assert len(shown.convert("RGB").getcolors(1 << 24) or ()) > 100  # and no page that is blank
 
 
 def take(browser: Browser, url: str, folder: Path) -> None:
