@@ -127,6 +127,15 @@ def test_an_archive_inside_an_archive_is_unpacked_when_it_is_named(
     assert not (folder / archives.NESTED).exists()
 
 
+def test_archives_may_lie_in_each_other(tmp_path: Path, folder: Path) -> None:
+    content = {"data/a": b"1"}
+    for name in ("in.tar.gz", "middle.zip", "out.tar"):
+        content = {f"deep/{name}": packed(tmp_path / name, content).read_bytes()}
+    archives.place(tmp_path / "out.tar", "deep/middle.zip/deep/in.tar.gz/data", folder)
+    assert held(folder) == {"a": b"1"}
+    assert not (folder / archives.NESTED).exists()
+
+
 @pytest.mark.parametrize("suffix", [".zip", ".tar"])
 @pytest.mark.parametrize(
     "name", ["../evil", "data/../../evil", "/tmp/evil", "C:\\evil", "c:/evil", "..\\..\\evil", "\\evil"]

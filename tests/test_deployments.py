@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -299,7 +300,7 @@ def died_at_work(root: Path, run: str, api: str) -> None:
         "import os, sys; from pathlib import Path; from headstart import runs\n"
         "with runs.in_progress(Path(sys.argv[1]), *sys.argv[2:]): os.kill(os.getpid(), 9)"
     )
-    done = subprocess.run(["python", "-c", code, str(root), run, api], check=False)
+    done = subprocess.run([sys.executable, "-c", code, str(root), run, api], check=False)
     assert done.returncode == -9
     (note,) = runs.known(root)
     assert note.dead()

@@ -301,6 +301,16 @@ def test_what_does_not_fit_into_memory_is_halved_and_the_batch_stays(
         parts.run()
 
 
+def test_ranks_that_a_platform_gives_its_own_processes_keep_no_training_waiting(
+    efficientnet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, rank in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, rank)
+    run = tuning.case(efficientnet, Train(**QUICK))
+    assert run.accelerator.num_processes == 1
+    assert run.accelerator.is_main_process
+
+
 def test_rows_count_by_their_weight(efficientnet: Path) -> None:
     run = tuning.case(efficientnet, Train(**QUICK | {"dropout": 0.0}))
     rows = tuning.TRAIN[:8]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from headstart import launching
+from headstart import environment, launching
 from tests import examples
 from tests.conftest import Project, clone
 
@@ -100,21 +101,39 @@ def test_a_learning_rate_is_suggested_and_plotted(trained: Project, tmp_path: Pa
 
 
 def test_who_is_launched_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (launching.LAUNCHED, "WORLD_SIZE", "RANK"):
+    for name in (environment.LAUNCHED, "WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert not launching.launched()
-    assert launching.first()
-    monkeypatch.setenv(launching.LAUNCHED, "1")
+    assert not environment.launched()
+    assert environment.first()
+    monkeypatch.setenv(environment.LAUNCHED, "1")
     monkeypatch.setenv("RANK", "1")
-    assert launching.launched()
-    assert not launching.first()
+    assert environment.launched()
+    assert not environment.first()
 
 
 def test_the_ranks_that_a_platform_gives_its_own_processes_are_not_taken_for_ours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv(launching.LAUNCHED, raising=False)
+    monkeypatch.delenv(environment.LAUNCHED, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert not launching.launched()
-    assert launching.first()
+    assert not environment.launched()
+    assert environment.first()
+    monkeypatch.delenv("HEADSTART_QUIET", raising=False)
+    assert not environment.quiet()
+
+
+def test_a_quota_of_threads_is_shared_out_and_a_wish_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[str] = []
+
+    def launch(config: Any, program: str) -> Any:
+        return lambda *command: started.append(os.environ["OMP_NUM_THREADS"])
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", launch)
+    monkeypatch.setattr(environment, "cores", lambda: 4)
+    for given in ("4", "3"):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        launching.train(Path("recipes/photos.yaml"), 2)
+    assert started == ["2", "3"]

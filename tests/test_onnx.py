@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -135,19 +134,6 @@ def test_a_file_that_does_not_say_the_same_is_never_put_in_place(
     with pytest.raises(HeadstartError, match="does not say what it says in PyTorch"):
         onnx.export(texts, tmp_path / "small.onnx", TEXTS)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"small.onnx": "earlier"}
-
-
-def test_what_a_killed_export_left_is_gone_after_the_next(
-    texts: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as killed:
-        killed.setattr(shutil, "rmtree", lambda *_, **__: None)  # who is killed clears nothing away
-        killed.setattr(onnx, "TOLERANCE", -1.0)
-        with pytest.raises(HeadstartError):
-            onnx.export(texts, tmp_path / "small.onnx", TEXTS)
-    assert len(list(tmp_path.iterdir())) == 1
-    onnx.export(texts, tmp_path / "small.onnx", TEXTS)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["small.onnx", "tokenizer.json"]
 
 
 def test_another_models_tokenizer_is_not_replaced(texts: Version, tmp_path: Path) -> None:

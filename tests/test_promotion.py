@@ -158,9 +158,13 @@ def test_a_list_has_the_metrics_of_every_version_and_asks_for_many_at_a_time(
         client.create_model_version(NAME, source="file:///nowhere", run_id=run.info.run_id)
     client.delete_run(run.info.run_id)  # in MLflow: until `mlflow gc` its figures are known
     monkeypatch.setattr(promotion, "RUNS", 2)
-    monkeypatch.setattr(MlflowClient, "get_run", lambda *_: pytest.fail("a request for each version"))
+    client.create_model_version(NAME, source="file:///nowhere", run_id="1" * 32)  # after `mlflow gc`
+    asked: list[str] = []
+    one = MlflowClient.get_run
+    monkeypatch.setattr(MlflowClient, "get_run", lambda self, run: asked.append(run) or one(self, run))
     lines = promotion.table(client, NAME)
-    assert [line["accuracy"] for line in lines] == [0.2, 0.1, 0.0, None, None, None, None]
+    assert [line["accuracy"] for line in lines] == [None, 0.2, 0.1, 0.0, None, None, None, None]
+    assert len(asked) == 3  # for one of each experiment, and for the one that is nowhere
 
 
 def test_whoever_asks_about_one_version_does_not_read_all_of_them(
@@ -304,7 +308,7 @@ def test_what_happens_to_a_version_follows_from_what_was_decided_and_who_is_cham
             entry = {"number": number, "at": "", "by": "", "action": action, "version": "2", "champion": None}
             entry |= {"reasons": [], "judged": judged or "now"}
             tags[f"{promotion.ENTRY}{number:06}"] = json.dumps(entry)
-        present = trials.Present("2", tags, candidate or "2", champion, rival, bool(gone))
+        present = trials.Situation("2", tags, candidate or "2", champion, rival, bool(gone))
         return trials.course(present, "now")
 
     gone: dict[str, Any] = {"champion": None, "gone": True}

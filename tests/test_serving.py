@@ -197,11 +197,11 @@ def test_a_csv_is_answered_too(texts: Server) -> None:
     assert said.json() == texts.rows({"text": PRAISE}).json()
 
 
-def parquet(rows: int, text: str) -> bytes:
+def parquet(rows: int, text: str, *, dictionary: bool = False) -> bytes:
     """Rows that are all the same, which Parquet keeps in next to no room."""
     sink = io.BytesIO()
     table = pa.table({"text": pa.array([text] * rows)})
-    pq.write_table(table, sink, compression="zstd", use_dictionary=False)
+    pq.write_table(table, sink, compression="zstd", use_dictionary=dictionary)
     return sink.getvalue()
 
 
@@ -228,7 +228,13 @@ BAD = {
     "too many rows": ({"inputs": ["a"] * (serving.MOST_ROWS + 1)}, JSON, 413, "10000 rows.*has 10001"),
     "too many lines": (b"text\n" + b"a\n" * 20_000, {"Content-Type": "text/csv"}, 413, "has 20000"),
     "too many rows in Parquet": (parquet(1_000_000, "a"), PARQUET, 413, "10000 rows.*has 1000000"),
-    "a Parquet that grows": (parquet(3, "a" * (100 << 20)), PARQUET, 413, "256 MB.*has 300 MB"),
+    "a Parquet that grows": (parquet(3, "a" * (100 << 20)), PARQUET, 413, "256 MB.*has more"),
+    "a Parquet that says one thing many times": (
+        parquet(1_000, "a" * (1 << 20), dictionary=True),
+        PARQUET,
+        413,
+        "256 MB.*has more",
+    ),
     "too large": (b"x" * (serving.MOST_BYTES + 1), JSON, 413, "32 MB"),
 }
 

@@ -123,7 +123,7 @@ def _unpack(
     """Walk the container once, writing what is ``wanted`` or lies below it."""
     placed, found = folder, not wanted
     packed = path.stat().st_size if path.is_file() and is_archive(path.name) else None
-    before, names, made = spent.size, set[str](), {folder}
+    before, names, made = spent.size, set[str](), {folder, folder / NESTED}
     with _damage_named(path):
         for name, entry in _entries(path, links):
             names.add(name)

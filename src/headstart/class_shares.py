@@ -105,7 +105,8 @@ def bbse(truth: Ints, mine: Floats, theirs: Floats) -> Estimate:
     def estimate(weights: Floats, target_weights: Floats) -> Floats:
         confusion = (mine * weights[:, None]).T @ actual / (weights @ actual)
         shares = nnls(confusion, target_weights @ theirs / target_weights.sum())[0]
-        result: Floats = shares / shares.sum()
+        total = shares.sum()  # 0 where the target's answers are none that the source's rows get
+        result: Floats = shares / total if total else np.full_like(shares, np.nan)
         return result
 
     return estimate

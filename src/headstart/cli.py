@@ -443,7 +443,7 @@ def serve(
     from headstart import models, serving
 
     with serving.bound(host, port) as at:
-        serving.serve(models.load(name, version), at)
+        serving.serve(models.load(name, version), at, host)
 
 
 @app.command()

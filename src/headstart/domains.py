@@ -18,7 +18,7 @@ import pandas as pd
 from headstart import adaptation, selection, shifts, source_free
 from headstart.adaptation import Source
 from headstart.errors import HeadstartError
-from headstart.examples import Examples, finite, labels
+from headstart.examples import Examples, SoftTargets, finite, labels
 from headstart.fitting import Frozen, Tuned, clock_of, source_of, tuning_of
 from headstart.heads import Features, Head
 from headstart.layout import Layout
@@ -67,7 +67,7 @@ def adapted(
         of_target = np.union1d(np.flatnonzero(examples.truth < 0), known)
         source = source.reading(sides.target, train, of_target)
     targets, weights = labels(examples, choices, train)
-    labelled = Source(finite(examples, train), targets[train], weights[train])
+    labelled = _labelled(examples, train, targets, weights)
     target = finite(source.examples, sides.target)
     way = _way(choices, source, sides, labelled, target, shift)
     head = source.head
@@ -79,7 +79,12 @@ def adapted(
     held_out = source.examples.features[val], examples.truth[val]
     moved = way.method in adaptation.MOVING
     expected = selection.expected_accuracy(head, held_out, labelled.features, target, moved)
-    return Adapted(choices, source, sides, labelled, head, way, shift, expected)
+    return Adapted(choices, source, sides, head, way, shift, expected)
+
+
+def _labelled(examples: Examples, train: Rows, targets: SoftTargets, weights: Floats) -> Source:
+    """The rows ``train`` as an adaptation learns from them."""
+    return Source(finite(examples, train), targets[train], weights[train])
 
 
 def _shift(source: Frozen | Tuned, sides: Sides, seed: int) -> Diagnosis:
@@ -211,7 +216,6 @@ class Adapted:
     choices: Train
     source: Frozen | Tuned
     sides: Sides
-    labelled: Source  # the rows of the source as the head learned from them
     head: Head
     way: Way
     shift: Diagnosis
@@ -254,9 +258,11 @@ class Adapted:
     @cached_property
     def _candidates(self) -> dict[str, Head]:
         """A head by each way of adapting, none of which has seen the few labels of the target."""
-        target = self.source.examples.features[self.sides.target]
+        examples, sides = self.source.examples, self.sides
+        labelled = _labelled(examples, sides.train, *labels(examples, self.choices, sides.train))
+        target = examples.features[sides.target]
         return selection.candidates(
-            self.source.head, self.labelled, target, self.way.method, seed=self.choices.seed
+            self.source.head, labelled, target, self.way.method, seed=self.choices.seed
         )
 
     @property

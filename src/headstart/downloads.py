@@ -41,7 +41,7 @@ MIRRORS = "set HEADSTART_MIRRORS"
 # An address in a text; what a sentence or a quotation puts behind it is none of it.
 ADDRESS = re.compile(r"//[^\s\"<>]*[^\s\"<>'`)\]},;.]")
 # A login, even with a slash in its password: no port has letters.
-LOGIN = re.compile(r"//(?:[^/\s]*|[^/:\s]*:(?!\d*/)\S*)@")
+LOGIN = re.compile(r"//(?:[^/\s]*|[^/:\[\s]*:(?!\d*/)\S*)@")
 # In a text that leaves out the start of an address, as errors of web clients do.
 VALUE = re.compile(r"([?&][^\s=&#?]+=)[^\s&#\"]*[^\s&#\"'`)\]},;.]")
 

@@ -27,6 +27,8 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "true",
 }
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time, and in how many
+# By torchrun, ours or a person's. Not WORLD_SIZE, which platforms set for processes of their own.
+LAUNCHED = "TORCHELASTIC_RUN_ID"
 THIS_MACHINE = ("127.0.0.1", "localhost")
 # Files of a project that Prefect reads its settings from, and what stands in those that have any.
 PREFECTS_FILES = {"prefect.toml": "", ".env": "prefect_", "pyproject.toml": "[tool.prefect"}
@@ -37,7 +39,17 @@ def quiet() -> bool:
 
     It was told so, or it is one of several that train together, of which the first speaks for all.
     """
-    return os.environ.get("HEADSTART_QUIET") == "1" or os.environ.get("RANK", "0") != "0"
+    return os.environ.get("HEADSTART_QUIET") == "1" or not first()
+
+
+def launched() -> bool:
+    """Whether this process is one of several that were started to train together."""
+    return LAUNCHED in os.environ
+
+
+def first() -> bool:
+    """Whether this process is the one that publishes: the first of several, or the only one."""
+    return not launched() or os.environ["RANK"] == "0"
 
 
 def cores() -> int:

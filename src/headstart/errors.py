@@ -38,9 +38,8 @@ class HeadstartError(Exception):
     def __str__(self) -> str:
         lines = [self.what]
         if self.where:
-            lines.append(
-                f"  where: {self.where}".replace("\n", r"\n")
-            )  # a name that would pass for more lines
+            # Of a name with line breaks as one line, or it would pass for more of them.
+            lines.append(f"  where: {self.where}".replace("\n", r"\n"))
         shown = list(self.table[:MAX_TABLE_LINES])
         lines += [f"  {line}" for line in shown]
         if len(self.table) > len(shown):

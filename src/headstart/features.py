@@ -370,7 +370,8 @@ class Extractor:
             rows = min(self.most, len(tensors[0]))
             try:
                 parts = zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
-                return torch.cat([self._part(*part) for part in parts])
+                found = [self._part(*part) for part in parts]
+                return found[0] if len(found) == 1 else torch.cat(found)
             except RuntimeError as error:
                 if not devices.out_of_memory(error):
                     raise

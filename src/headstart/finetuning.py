@@ -8,6 +8,7 @@ hand, so a run that was killed continues from its last checkpoint to the same bi
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import sys
 import time
@@ -26,7 +27,7 @@ from accelerate.utils import broadcast
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from headstart import activations, alignment, augmentation, devices, launching, packs, schedules
+from headstart import activations, alignment, augmentation, devices, environment, packs, schedules
 from headstart.activations import SWEEP, Activations
 from headstart.errors import HeadstartError
 from headstart.heads import Singles
@@ -46,6 +47,7 @@ NAMED_WEIGHT = 0.3  # of the classes that rows are given by their centres; that 
 TOKENS_DROPPED = 0.15  # of a text that is changed much
 TRIAL = 8  # rows that show whether a network runs without its frozen layers
 BAD_ROWS = "bad_rows.csv"
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 log = logging.getLogger(__name__)
 
 
@@ -129,9 +131,11 @@ class Tuning:
         self.target_rows = target if target is not None else train[:0]
         self.choices = choices = classifier.choices
         self.checkpoints, self.work = checkpoints, work
+        for name in () if environment.launched() else RANKS:
+            os.environ.pop(name, None)  # a platform's own, by which Accelerate would wait for others
         # One process and one device, or as many as torchrun started.
         wanted = devices.device()
-        if wanted.type == "cuda" and wanted.index is not None and not launching.launched():
+        if wanted.type == "cuda" and wanted.index is not None and not environment.launched():
             torch.cuda.set_device(wanted)  # an accelerator alone takes the current one
         self.accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision="no")
         self.device = self.accelerator.device

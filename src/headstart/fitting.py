@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pandas as pd
 
-from headstart import launching
+from headstart import environment
 from headstart.calibration import tempered
 from headstart.errors import HeadstartError
 from headstart.examples import Examples, check, finite, labels
@@ -70,7 +70,7 @@ def source_of(
     if fewest < recipe.frozen_below:
         log.info("%d training rows of a class are too few to tune the backbone: it stays frozen", fewest)
         kept = frozen_of(recipe, examples, train, val)
-        return kept if launching.first() else None
+        return kept if environment.first() else None
     tuning, frozen = begin(recipe, layout, examples, train, val, key=key)
     if recipe.train.target_statistics and not tuning.classifier.normalises():
         raise HeadstartError(

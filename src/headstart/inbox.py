@@ -514,8 +514,12 @@ class Inbox:
         above = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
         for folder in sorted(above, reverse=True):
             if folder.startswith(f"{self.root}/"):
-                with contextlib.suppress(OSError, NotImplementedError):  # most stores have none
+                try:
                     self.store.rmdir(folder)
+                except (FileNotFoundError, NotImplementedError):  # as of most stores, which have none
+                    break
+                except OSError:  # it is not empty
+                    continue
 
     def sweep(self) -> None:
         """Delete what a kill has left of entries that are gone."""
@@ -532,9 +536,8 @@ class Inbox:
                 return {}
             except RecursionError:  # too deep to be looked at, so no batch
                 return {f"/{name}/..": []}
-        known = (
-            sources.FACTS[:2] if self.local else sources.FACTS
-        )  # a file's other times change with its name
+        # Of a file here all times but the last change's change with its name.
+        known = sources.FACTS[:2] if self.local else sources.FACTS
         return {
             path.removeprefix(self.root): [str(facts.get(fact)) for fact in known]
             for path, facts in found.items()

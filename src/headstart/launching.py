@@ -17,18 +17,7 @@ from headstart import devices, environment
 from headstart.errors import HeadstartError
 from headstart.stages import ERROR_FILE
 
-LAUNCHED = "HEADSTART_LAUNCHED"  # not WORLD_SIZE, which platforms set for processes of their own
 LAST = 20  # lines of a process's own words that an error quotes
-
-
-def launched() -> bool:
-    """Whether this process is one of several that were started to train together."""
-    return LAUNCHED in os.environ
-
-
-def first() -> bool:
-    """Whether this process is the one that publishes: the first of several, or the only one."""
-    return not launched() or os.environ["RANK"] == "0"
 
 
 def train(recipe: Path, processes: int) -> None:
@@ -59,8 +48,10 @@ def train(recipe: Path, processes: int) -> None:
             logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=others),
         )
         # The cores are shared out: each process of its own accord would take them all.
-        threads = str(max(1, environment.cores() // processes))
-        given = {"OMP_NUM_THREADS": threads} | os.environ | {ERROR_FILE: str(told), LAUNCHED: "1"}
+        threads = {"OMP_NUM_THREADS": str(max(1, environment.cores() // processes))}
+        if os.environ.get("OMP_NUM_THREADS") != str(environment.cores()):  # no wish: see keep_to_quota
+            threads |= os.environ
+        given = os.environ | threads | {ERROR_FILE: str(told)}
         command = ["-m", "headstart.cli", "stage", "train", str(recipe)]
         before = dict(os.environ)
         os.environ.update(given)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,23 +76,18 @@ def export(version: Version, output: Path, examples: Sequence[Item] = ()) -> Pat
                 do=f"name another folder, as in --output FOLDER/{output.name}, or delete what nobody needs",
             )
         room_for_file(output)
-        partial = output.with_name(f".{output.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-        try:
-            partial.mkdir()
-            written = partial / output.name
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+            written = Path(folder) / output.name
             with _in_words(spec.architecture):
                 program = _traced(tapped, head, version)
                 program.model.metadata_props.update(_described(version))
                 program.save(written, external_data=False)
             _compare(written, tapped, version, examples or _made_up(spec.modality))
             if tokenizer is not None:
-                vocabulary = partial / beside.name
+                vocabulary = Path(folder) / beside.name
                 vocabulary.write_bytes(tokenizer)
                 vocabulary.replace(beside)
             written.replace(output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return output
 
 

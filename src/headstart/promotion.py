@@ -481,17 +481,24 @@ def _place(alias: str) -> tuple[int, str]:
 def _metrics(client: MlflowClient, runs: list[str]) -> dict[str, dict[str, float]]:
     """Metrics by run. A request for each would take minutes for thousands."""
     from mlflow.entities import ViewType
+    from mlflow.exceptions import MlflowException
 
-    experiments = _all(client.search_experiments, view_type=ViewType.ALL)
-    found = {}
-    for start in range(0, len(runs), RUNS):
-        some = ", ".join(f"'{run}'" for run in runs[start : start + RUNS])
-        for run in client.search_runs(
-            [experiment.experiment_id for experiment in experiments],
-            f"attributes.run_id IN ({some})",
-            run_view_type=ViewType.ALL,
-        ):
-            found[run.info.run_id] = run.data.metrics
+    found: dict[str, dict[str, float]] = {}
+    while left := [run for run in runs if run not in found]:
+        found[left[0]] = {}
+        try:
+            first = client.get_run(left[0])
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # as after `mlflow gc`
+                raise
+            continue
+        # As a rule all versions of a model were made in one experiment.
+        for start in range(0, len(left), RUNS):
+            some = ", ".join(f"'{run}'" for run in left[start : start + RUNS])
+            for run in client.search_runs(
+                [first.info.experiment_id], f"attributes.run_id IN ({some})", run_view_type=ViewType.ALL
+            ):
+                found[run.info.run_id] = run.data.metrics
     return found
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from headstart import backbones, card, evaluation, images, models, registry, sources
+from headstart import backbones, card, environment, evaluation, images, models, registry, sources
 from headstart.calibration import Decision, tempered
 from headstart.charts import MINUS, SHARE, Axis, Chart, Series, inline, number, points, template
 from headstart.drift_report import DRIFT
@@ -639,7 +639,7 @@ def _lineage(recipe: Recipe, layout: Layout, model: dict[str, Any]) -> dict[str,
         "seed": model["stamps"]["seed"],
         "packages": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": {
-            "cores": os.cpu_count(),
+            "cores": environment.cores(),
             "memory": f"{gibibytes:.0f} GiB",
             "device": str(devices.device()),
             "system": f"{platform.system()} {platform.release()}, {platform.machine()}",

@@ -569,7 +569,13 @@ def _json_lines(path: Path) -> Opened:
 
     schema, rows, long = pa.schema([]), 0, False
     for block in blocks():
-        refuse_depth(block)
+        try:
+            refuse_depth(block)
+        except ValueError:
+            for line in block.splitlines():  # what is wrong may be a quotation mark, from which on all is
+                refuse_depth(line)
+                json.loads(line)
+            raise
         table = parsed(block)
         fields = [field.with_type(_as_written(field.type)) for field in table.schema]
         schema = pa.unify_schemas([schema, pa.schema(fields)], promote_options="permissive")

@@ -294,7 +294,7 @@ class Guard:
         if body is None:
             await _tell(send, 413, f"a request may have {MOST_BYTES >> 20} MB")
             return
-        if much := await asyncio.to_thread(_unpacked, body):
+        if body.endswith(b"PAR1") and (much := await asyncio.to_thread(_unpacked, body)):
             await _tell(send, 413, much)
             return
         given = iter([{"type": "http.request", "body": body}])
@@ -354,21 +354,28 @@ def _host(scope: Message) -> str | None:
 
 
 def _unpacked(body: bytes) -> str:
-    """What is too much in a Parquet file, by its own footer; "" if nothing is, or this is none."""
-    if not body.endswith(b"PAR1"):
-        return ""
-    from pyarrow import ArrowException, BufferReader
-    from pyarrow.parquet import read_metadata
+    """What is too much in a Parquet file; "" if nothing is.
 
+    Its footer knows the rows, and the bytes before what is said several times has been written out.
+    """
+    from pyarrow import ArrowException, BufferReader
+    from pyarrow.parquet import ParquetFile
+
+    much = f"a request may have {MOST_UNPACKED >> 20} MB unpacked; this one has more"
     try:
-        about = read_metadata(BufferReader(body))
+        file = ParquetFile(BufferReader(body))
+        if file.metadata.num_rows > MOST_ROWS:
+            return f"a request may have {MOST_ROWS} rows; this one has {file.metadata.num_rows}"
+        groups = range(file.metadata.num_row_groups)
+        if sum(file.metadata.row_group(each).total_byte_size for each in groups) > MOST_UNPACKED:
+            return much
+        size = 0
+        for batch in file.iter_batches(batch_size=8):
+            size += batch.nbytes
+            if size > MOST_UNPACKED:
+                return much
     except (ArrowException, OSError):
-        return ""  # MLflow says in words what it thinks of it
-    if about.num_rows > MOST_ROWS:
-        return f"a request may have {MOST_ROWS} rows; this one has {about.num_rows}"
-    size = sum(about.row_group(each).total_byte_size for each in range(about.num_row_groups))
-    if size > MOST_UNPACKED:
-        return f"a request may have {MOST_UNPACKED >> 20} MB unpacked; this one has {size >> 20} MB"
+        pass  # MLflow says in words what it thinks of it
     return ""
 
 
@@ -414,12 +421,13 @@ def bound(host: str, port: int) -> socket.socket:
     return found
 
 
-def serve(version: Version, at: socket.socket) -> None:
+def serve(version: Version, at: socket.socket, name: str = "127.0.0.1") -> None:
     """Answer requests until the process is told to stop by SIGINT (Ctrl-C) or SIGTERM.
 
     Args:
         version: that ``models.load`` gave.
         at: that ``bound`` gave.
+        name: what ``bound`` was given, by which the server may be called too.
     """
     import uvicorn
 
@@ -434,7 +442,7 @@ def serve(version: Version, at: socket.socket) -> None:
 
     _limit_pictures()
     host, port = at.getsockname()[:2]
-    names = {host, *THIS_MACHINE} if ipaddress.ip_address(host).is_loopback else ()
+    names = {name.lower(), host, *THIS_MACHINE} if ipaddress.ip_address(host).is_loopback else ()
     app = app_of(version, names)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     for sent in STOPS:  # uvicorn has its own handlers later, and sends itself once more what has stopped it

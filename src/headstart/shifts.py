@@ -409,9 +409,10 @@ def _words(
     shift, apart = found.label_shift, found.separability
     changed = int(np.abs(shift.prior - shift.source_prior).argmax())
     likely, solved = (_share(by, changed, few) for by in (shift, found.black_box))
+    other = f", or {solved} by black-box shift estimation" if np.isfinite(found.black_box.prior).all() else ""
     share = (
-        f"{classes[changed]!r} at {likely} of the target, or {solved} by black-box shift estimation, against "
-        f"{shift.source_prior[changed]:.0%} of the source"
+        f"{classes[changed]!r} at {likely} of the target{other}, against {shift.source_prior[changed]:.0%} "
+        "of the source"
     )
 
     tests = _tests(found)

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 PART = "download.part"
 FILES = f"{PART}.files"  # for each file of a store's folder that is here whole, what the store knows of it
-FILES_AT_ONCE = 256  # of a store's folder: the most that a failure costs
+FILES_AT_ONCE, BYTES_AT_ONCE = 256, 4 << 30  # of a store's folder: the most that a failure costs
 # What a store knows of a file that changes with it.
 FACTS = ("size", "mtime", "ETag", "etag", "LastModified", "last_modified", "updated", "created")
 # What a transformers model needs and no code: configuration, tokenizer, weights.
@@ -325,9 +325,8 @@ def _from_store(uri: str, part: Path, sha256: str | None) -> tuple[str, str]:
             _folder_of(store, root, part)
             return name, ""
         remove(part)
-        with TqdmCallback(
-            {"desc": f"downloading {name}", "unit": "B", "unit_scale": True}, tqdm_cls=bar
-        ) as tell:
+        looks = {"desc": f"downloading {name}", "unit": "B", "unit_scale": True}
+        with TqdmCallback(looks, tqdm_cls=bar) as tell:
             store.get_file(root, str(part), callback=tell)
         return name, ""
 
@@ -337,6 +336,8 @@ def _folder_of(store: AbstractFileSystem, root: str, part: Path) -> None:
 
     A store may hold millions of files, and one that fails must not cost the others.
     """
+    from fsspec.callbacks import Callback
+
     listed = {
         path.removeprefix(root).lstrip("/"): (path, facts)
         for path, facts in sorted(store.find(root, detail=True).items())
@@ -349,22 +350,39 @@ def _folder_of(store: AbstractFileSystem, root: str, part: Path) -> None:
         remove(part)
     journal = part.with_name(FILES)
     whole = {name: facts for name, facts in _lines(journal) if there.get(name) == facts}
-    for file in files_of(part) if part.exists() else ():
-        if file.relative_to(part).as_posix() not in whole:
-            file.unlink()
+    for folder, _, files in os.walk(part, topdown=False):
+        for file in files:
+            path = Path(folder, file)
+            if path.relative_to(part).as_posix() not in whole:
+                path.unlink()
+        with contextlib.suppress(OSError):
+            Path(folder).rmdir()  # if nothing is left in it: its name may be a file's by now
     wanted = [name for name in there if name not in whole or not (part / name).exists()]
+    words, known = f"downloading {safe_name(root)}", len(there) - len(wanted)
     with (
-        bar(
-            total=len(there), initial=len(there) - len(wanted), desc=f"downloading {root}", unit=" files"
-        ) as tell,
+        bar(total=len(there), initial=known, desc=words, unit=" files") as shown,
         journal.open("a", encoding="utf-8") as notes,
     ):
-        for start in range(0, len(wanted), FILES_AT_ONCE):
-            some = wanted[start : start + FILES_AT_ONCE]
-            store.get([listed[name][0] for name in some], [str(part / name) for name in some])
+        for some in _at_once(wanted, {name: facts.get("size") or 0 for name, (_, facts) in listed.items()}):
+            paths = [listed[name][0] for name in some], [str(part / name) for name in some]
+            before = shown.n
+            hooks = {"tell": lambda size, value, before=before, **_: shown.update(before + value - shown.n)}
+            store.get(*paths, callback=Callback(hooks=hooks))
             notes.writelines(json.dumps([name, there[name]]) + "\n" for name in some)
             notes.flush()
-            tell.update(len(some))
+
+
+def _at_once(names: list[str], sizes: dict[str, int]) -> Iterator[list[str]]:
+    """The names in parts of at most ``FILES_AT_ONCE``, and, but for the largest, ``BYTES_AT_ONCE``."""
+    some, size = list[str](), 0
+    for name in names:
+        if some and (len(some) == FILES_AT_ONCE or size + sizes[name] > BYTES_AT_ONCE):
+            yield some
+            some, size = [], 0
+        some.append(name)
+        size += sizes[name]
+    if some:
+        yield some
 
 
 def _lines(journal: Path) -> Iterator[tuple[str, list[str]]]:

@@ -306,12 +306,15 @@ def settings(root: Path, port: int, mlflow_port: int, given: Mapping[str, str]) 
         **artifacts,
         "MLFLOW_BACKEND_STORE_URI": store,
         # By default MLflow takes a name like 10.example.com for an address of its own network.
-        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(f"{name}:*" for name in environment.THIS_MACHINE),
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(
+            f"{name}{port}" for name in environment.THIS_MACHINE for port in ("", ":*")
+        ),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 2 GB, for what nothing here uses
         # By default any page that a browser here shows could make a deployment, and the worker would run it.
         # Prefect's own page and its clients fetch the token that changes need by themselves.
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(
-            f"http://{name}:{port}" for name in environment.THIS_MACHINE
+            f"http://{name}" + (f":{port}" if port != 80 else "")  # which browsers leave out
+            for name in environment.THIS_MACHINE
         ),
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES,

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from headstart import environment
 from headstart.errors import HeadstartError
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def run(stage: str, recipe: Recipe, layout: Layout) -> None:
 
 def _note(layout: Layout, stage: str, seconds: float) -> None:
     """Write down in ``.headstart/R/seconds.json`` how long a stage took, for the report."""
-    if "RANK" in os.environ:  # one of several that train together: who started them waits for all
+    if environment.launched():  # one of several that train together: who started them waits for all
         return
     path = layout.work / SECONDS
     partial = path.with_name(f".{SECONDS}.{os.getpid()}.partial")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart import domains, fitting, launching, stamps
+from headstart import domains, environment, fitting, launching, stamps
 from headstart.calibration import Decision, decision, temperature
 from headstart.examples import Examples, load
 from headstart.fitting import Calibrated, Fitted
@@ -40,7 +40,7 @@ def train(recipe: Recipe, layout: Layout) -> None:
     if recipe.train.trains_backbone:
         from headstart import devices
 
-        alone = launching.launched() or recipe.train.needs_one_process
+        alone = environment.launched() or recipe.train.needs_one_process
         if not alone and (processes := devices.processes()) > 1:
             launching.train(Path("recipes") / f"{layout.recipe}.yaml", processes)
             return

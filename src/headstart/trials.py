@@ -99,7 +99,7 @@ def decide(recipe: Recipe, layout: Layout, version: str | None = None) -> Decide
         promotion.newest(client, name)  # or there is no such model
     for _ in range(TRIES):
         with asking():
-            now = _present(client, name, version)
+            now = _situation(client, name, version)
         key = _key(recipe, layout, now.tags, now.rival)
         way = course(now, key)
         if way == "known":
@@ -121,7 +121,7 @@ def decide(recipe: Recipe, layout: Layout, version: str | None = None) -> Decide
 
 
 @dataclass(frozen=True)
-class Present:
+class Situation:
     """What the registry says, at one moment, of a version and of those it is compared with."""
 
     version: str
@@ -137,7 +137,7 @@ class Present:
         return promotion.entries(self.tags)
 
 
-def _present(client: MlflowClient, name: str, version: str | None) -> Present:
+def _situation(client: MlflowClient, name: str, version: str | None) -> Situation:
     """How things stand with a version, by default the candidate, once nothing is half done."""
     promotion.carry_through(client, name)
     aliases = promotion.aliases(client, name)
@@ -147,13 +147,13 @@ def _present(client: MlflowClient, name: str, version: str | None) -> Present:
     tags = promotion.tags(client, name, chosen)
     champion, rival = aliases.get(CHAMPION), promotion.rival_of(aliases)
     gone = champion is None and (rival is not None or promotion.had_champion(client, name))
-    return Present(chosen, tags, aliases.get(CANDIDATE), champion, rival, gone)
+    return Situation(chosen, tags, aliases.get(CANDIDATE), champion, rival, gone)
 
 
 Course = Literal["known", "crown again", "leave open", "judge"]
 
 
-def course(now: Present, key: str) -> Course:
+def course(now: Situation, key: str) -> Course:
     """What is to be done about a version, where ``key`` is a digest of all that a verdict depends on.
 
     Returns:
@@ -181,7 +181,7 @@ class _Ruling:
     fit: bool = False  # for use, be it better or not
 
 
-def _ruling(recipe: Recipe, layout: Layout, now: Present, way: Course) -> _Ruling:
+def _ruling(recipe: Recipe, layout: Layout, now: Situation, way: Course) -> _Ruling:
     """The outcome of a course that is not ``known``."""
     if way == "crown again":
         return _Ruling(True, [STANDS], verdict_of(now.tags))
@@ -195,7 +195,7 @@ def _ruling(recipe: Recipe, layout: Layout, now: Present, way: Course) -> _Rulin
     return ruling
 
 
-def _written(client: MlflowClient, name: str, now: Present, ruling: _Ruling, key: str) -> Entry | None:
+def _written(client: MlflowClient, name: str, now: Situation, ruling: _Ruling, key: str) -> Entry | None:
     """The decision as the registry keeps it; None if the rival is another one by now."""
     if ruling.verdict is not None:
         said = json.dumps(ruling.verdict.to_dict())
