@@ -56,6 +56,7 @@ def alone(layout: Layout, log: Callable[[str], None]) -> Iterator[None]:
         log("another run is taking in data: waiting for it to end")
         held = lock.acquire()
     with held:
+        versioning.forget_writers(layout.root)
         yield
 
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
@@ -36,6 +36,7 @@ Outcome = Literal["ran", "restored"]
 # which may take as long as the flow allows, and with any recipe's part of data/ all of it.
 BUSY, STAGE_BUSY = 60.0, 24 * 3600.0
 BLOCKED = "is busy, it is being blocked by"  # so DVC says it; that something is busy, a stage may say as well
+ABANDONED = f"if no run is under way, delete {runs.RWLOCK}"  # as after a container was killed
 # What DVC tells a person at a terminal after each stage, and nobody needs five times in a log.
 HINTS = ("To track the changes", "To enable auto staging", "Updating lock file", "Use `dvc push`", "\t")
 
@@ -118,6 +119,14 @@ def writing(root: Path, recipe: str, log: Callable[[str], None]) -> Iterator[Non
     """
     with _held(root, f"a change of data/{recipe}", log, write=[f"data/{recipe}"]):
         yield
+
+
+def forget_writers(root: Path) -> None:
+    """Take back the notes of ``writing`` of runs that are gone, for whoever alone may change ``data/``.
+
+    A container that was killed and started anew cannot tell by numbers that the last one is gone.
+    """
+    _forget_the_dead(root, alone=True)
 
 
 def await_manifest(root: Path, recipe: str, log: Callable[[str], None]) -> None:
@@ -273,10 +282,10 @@ class _Waiting:
                 f"another run is at what {self.whose} needs",
                 where=str(self.root),
                 table=said,
-                do="wait for it, or stop it",
+                do=f"wait for it, or stop it; {ABANDONED}",
             )
         if not self.begun:
-            for line in (*([] if told else said), "waiting for that run to end"):
+            for line in (*([] if told else said), f"waiting for that run to end; {ABANDONED}"):
                 self.log(line)
         self.begun = True
         time.sleep(self.pause)
@@ -285,7 +294,12 @@ class _Waiting:
 
 @contextlib.contextmanager
 def _held(
-    root: Path, whose: str, log: Callable[[str], None], *, read: Sequence[str] = (), write: Sequence[str] = ()
+    root: Path,
+    whose: str,
+    log: Callable[[str], None],
+    *,
+    read: Sequence[str] = (),
+    write: Sequence[str] = (),
 ) -> Iterator[None]:
     """Paths that DVC lets nobody write, or nobody read or write, until this has ended."""
     from dvc.exceptions import DvcException
@@ -305,35 +319,52 @@ def _held(
             except LockError as error:
                 waiting.go_on(str(error).splitlines())
             except DvcException as error:
-                raise HeadstartError(
-                    str(error), where=str(root), do=f"if no run is under way, delete {runs.RWLOCK}"
-                ) from error
+                raise HeadstartError(str(error), where=str(root), do=ABANDONED) from error
         yield
 
 
-def _forget_the_dead(root: Path) -> None:
+def _forget_the_dead(root: Path, alone: bool = False) -> None:
     """Take back DVC's notes of processes that are gone, whoever has their numbers now.
 
     Else such a note would keep everyone away from its paths; and if it looks like one of this process's own,
-    DVC would leave it there, in the way of the commands that this process starts.
+    DVC would leave it there, in the way of the commands that this process starts. A file without any is not
+    written: when it was last says how old its notes are.
+
+    Args:
+        root: the project.
+        alone: nobody else may change ``data/`` now.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
-    from dvc.rwlock import _edit_rwlock  # DVC's own guard of the file
+
+    try:
+        from dvc.rwlock import _edit_rwlock  # DVC's own guard of the file
+    except ImportError:  # in a later version: then what is there stays until somebody deletes it
+        return
 
     file = root / runs.RWLOCK
-    with contextlib.suppress(FileNotFoundError, DvcException):  # what DVC cannot read, it says itself
-        if '"pid"' not in file.read_text(encoding="utf-8"):
+    # What is not as DVC writes it, it says itself; and while another process writes it, it is no JSON.
+    with contextlib.suppress(
+        FileNotFoundError, ValueError, TypeError, AttributeError, KeyError, DvcException
+    ):
+        written = file.stat().st_mtime
+        notes = json.loads(file.read_text(encoding="utf-8"))
+        if _living(notes, written, alone) == notes:
             return
         with Repo(str(root)) as repo, _edit_rwlock(repo.tmp_dir, repo.fs, _hardlink(repo)) as notes:
-            written = file.stat().st_mtime
-            for path, note in list(notes["write"].items()):
-                if not runs.holds(note, written):
-                    del notes["write"][path]
-            for path, several in list(notes["read"].items()):
-                several[:] = [note for note in several if runs.holds(note, written)]
-                if not several:
-                    del notes["read"][path]
+            notes.update(_living(notes, file.stat().st_mtime, alone))
+
+
+def _living(notes: dict[str, Any], written: float, alone: bool) -> dict[str, Any]:
+    """The notes whose processes may still be there; ``written`` last at that time, in seconds since 1970."""
+    living: dict[str, Any] = {mode: {} for mode in notes}
+    for path, note in notes.get("write", {}).items():
+        if runs.holds(note, written, alone):
+            living["write"][path] = note
+    for path, several in notes.get("read", {}).items():
+        if held := [note for note in several if runs.holds(note, written)]:
+            living["read"][path] = held
+    return living
 
 
 def _hardlink(repo: Repo) -> bool:

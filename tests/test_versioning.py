@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import psutil
 import pytest
 
 from flows import watch
-from headstart import inbox, trials
+from headstart import inbox, runs, trials
 from headstart.errors import HeadstartError
 from headstart.layout import EARLIER_SPLITS, Layout
 from tasks import ingest, receive, versioning
@@ -343,7 +344,7 @@ def test_versioning_waits_for_a_stage_that_reads_the_data_and_says_so(project: P
 
         versioning.version_data(project.root, "moods", log)
     assert sum(versioning.BLOCKED in line for line in told) == 1
-    assert told[-1] == "waiting for that run to end"
+    assert told[-1] == "waiting for that run to end; if no run is under way, delete .dvc/tmp/rwlock"
     assert versioning.is_fresh(project.root, "data.dvc")
 
 
@@ -363,20 +364,101 @@ def test_a_push_that_fails_says_why_and_one_that_does_not_says_nothing(
     assert "Not a directory" in str(caught.value)
 
 
-@pytest.mark.parametrize("mark", ["", " [started long ago]"])
+def marked(then: str = "long ago", host: str = "", namespace: str = "") -> str:
+    """The mark of a process, by default of one that was here before."""
+    host, namespace = host or socket.gethostname(), namespace or runs._namespace()
+    return f" [{host} {namespace} started {then}]"
+
+
+ELSEWHERE = {"another machine": {"host": "elsewhere"}, "another container": {"namespace": "pid:[1]"}}
+
+
+@pytest.mark.parametrize("mark", ["", marked()], ids=["by DVC", "by us"])
 def test_a_killed_run_is_no_obstacle_to_the_next_that_has_its_number_and_its_command(
     project: Project, monkeypatch: pytest.MonkeyPatch, mark: str
 ) -> None:
     monkeypatch.setattr(versioning, "STAGE_BUSY", 0.0)  # nothing is waited for
     examples.write_texts(project.root / "data/moods/moods.csv")
     noted(project, os.getpid(), " ".join(sys.argv) + mark, write="data/moods", read="data")
+    if not mark:
+        os.utime(project.root / runs.RWLOCK, (0, 0))  # before this process began
     with versioning.writing(project.root, "moods", lambda line: None):
         pass
     versioning.version_data(project.root, "moods", lambda line: None)
     assert versioning.is_fresh(project.root, "data.dvc")
 
 
-@pytest.mark.parametrize("mark", ["", " [started long ago]"])
+@pytest.mark.parametrize(
+    "mark", ["", *(marked(**place) for place in ELSEWHERE.values())], ids=["by DVC", *ELSEWHERE]
+)
+def test_a_living_run_elsewhere_keeps_its_place_though_its_number_is_this_ones(
+    project: Project, monkeypatch: pytest.MonkeyPatch, mark: str
+) -> None:
+    monkeypatch.setattr(versioning, "STAGE_BUSY", 0.0)
+    noted(project, os.getpid(), f"prefect flow-run execute{mark}", write="data/moods", read="model/moods")
+    before = (project.root / runs.RWLOCK).read_bytes()
+    with (
+        pytest.raises(HeadstartError, match=r"if no run is under way, delete .dvc/tmp/rwlock"),
+        versioning.writing(project.root, "moods", lambda line: None),
+    ):
+        raise AssertionError("nobody may come here")
+    assert json.loads((project.root / runs.RWLOCK).read_bytes()) == json.loads(before)
+
+
+def test_a_container_that_was_killed_while_it_took_in_data_is_no_obstacle_to_the_next(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versioning, "STAGE_BUSY", 0.0)
+    layout = Layout(project.root, "moods")
+    now = runs.started(os.getpid()) or ""
+    same_machine = marked(f"{now.split()[0]} 1", host="0a1b2c", namespace="pid:[1]")
+    for i, mark in enumerate((marked(namespace="pid:[1]"), same_machine)):
+        recipe = cached.recipe(ingest={"source": f"file:{i}.csv", "settle": 0}, validate=TABLE)
+        recipe._name = "moods"
+        examples.write_texts(project.root / f"{i}.csv", 240 + i)
+        noted(project, os.getpid(), " ".join(sys.argv) + mark, write="data/moods")
+        ingest.bring(recipe, layout, lambda line: None)
+        noted(project, os.getpid(), " ".join(sys.argv) + mark, write="data/moods")
+        assert ingest.bring(recipe, layout, lambda line: None) == "fresh"
+    noted(project, os.getpid(), " ".join(sys.argv) + marked(host="elsewhere"), write="data/moods")
+    with pytest.raises(HeadstartError, match=r"if no run is under way, delete .dvc/tmp/rwlock"):
+        ingest.bring(recipe, layout, lambda line: None)  # of another machine nothing is known
+
+
+def test_a_process_that_this_user_may_not_look_at_counts_as_living(monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(process: psutil.Process) -> str:
+        raise psutil.AccessDenied(process.pid)
+
+    def hidden(process: psutil.Process) -> str:
+        raise psutil.NoSuchProcess(process.pid)
+
+    def not_yours(process: int, sent: int) -> None:
+        raise PermissionError
+
+    run = runs.Run("1", "", socket.gethostname(), os.getpid(), "long ago")
+    monkeypatch.setattr(os, "kill", not_yours)
+    for look in (denied, hidden) if runs.BOOT.exists() else (denied,):
+        monkeypatch.setattr(psutil.Process, "status", look)
+        assert not run.dead()
+        for mark in ("", marked()):
+            assert runs.holds({"pid": os.getpid(), "cmd": f"dvc repro{mark}"}, 0.0)
+
+
+def test_a_look_for_what_dead_runs_left_changes_nothing_if_they_left_nothing(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = project.root / runs.RWLOCK
+    with reading(project, "data/moods", write="model/moods"):
+        for text in (file.read_text(), "", "{", "[]", '{"write": []}', '{"read": {"data": [{}]}}'):
+            file.write_text(text)
+            os.utime(file, (1, 2**31))
+            versioning.forget_writers(project.root)
+            assert (file.read_text(), file.stat().st_mtime) == (text, 2**31)
+    monkeypatch.delattr("dvc.rwlock._edit_rwlock")  # DVC's own, which it may drop
+    versioning.forget_writers(project.root)
+
+
+@pytest.mark.parametrize("mark", ["", marked()], ids=["by DVC", "by us"])
 def test_a_killed_run_is_no_obstacle_if_a_later_process_has_its_number(
     project: Project, monkeypatch: pytest.MonkeyPatch, mark: str
 ) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 POOL = "headstart"  # the work pool that runs are started from
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # another one each time a Linux machine starts
 RWLOCK = Path(".dvc/tmp/rwlock")  # where DVC writes down which process reads and writes which path
-MARKED = re.compile(r" \[started (.+)\]$")  # at the end of a note of ours there
+MARKED = re.compile(r" \[(.+) (\S+) started (.+)\]$")  # at the end of a note of ours there: see mark
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Run:
 
     def dead(self) -> bool:
         """Whether its process is gone; of another machine's nothing is known."""
-        return self.host == socket.gethostname() and started(self.process) != self.started
+        return self.host == socket.gethostname() and started(self.process) not in ("", self.started)
 
 
 def folder(root: Path) -> Path:
@@ -90,40 +90,71 @@ def forget(root: Path, run: Run) -> None:
 
 
 def mark() -> str:
-    """What this process adds to its notes in DVC's file, so that they are not taken for another's."""
-    return f" [started {started(os.getpid())}]"
+    """What this process adds to its notes in DVC's file: where its number counts, and when it started."""
+    return f" [{socket.gethostname()} {_namespace()} started {started(os.getpid())}]"
 
 
-def holds(note: Mapping[str, Any], written: float) -> bool:
+def holds(note: Mapping[str, Any], written: float, alone: bool = False) -> bool:
     """Whether the process that wrote a note in DVC's file may still be there.
 
-    DVC asks whether its number is taken. But numbers are given out again, and in a container each start gives
-    the same ones. A note of ours says when its process started. The writer of any other is gone if its number
-    is this process's own, which has nothing there without a mark; or if the process that has it started after
-    the file was last written, and runs another command. Its start alone would not do: seconds since 1970 are
-    others once the clock is set.
+    DVC asks whether its number is taken. But numbers are given out again, in a container each start gives the
+    same ones, and in another container or on another machine they count others. To take back the note of a
+    living process would end it with an error when it is done; so where nothing is known, the note stays, and
+    whoever it keeps away waits.
+
+    A note of ours (``mark``) is judged by when its process started, if its host and its namespace are this
+    one's. Host names tell machines apart, as in ``Run``. A note of ours from elsewhere stays, unless whoever
+    asks is alone and it is of this machine, in a container that was killed, say: then its process is gone.
+
+    A note of others, such as ``dvc repro``, does not say where its number counts. It stays unless the process
+    that has the number here started after the file was last written, and is this one or runs another command.
+    The start alone would not do: seconds since 1970 are others once the clock is set. What a living process
+    of another container wrote before can still be taken back so: two at once are not for one folder.
 
     Args:
         note: ``pid`` and ``cmd``, the arguments of its process.
         written: when the file was written last, in seconds since 1970.
+        alone: no other process of ours on this machine can be at what such a note is about, as the one that
+            asks has a lock of the kernel's for it, which goes with its process.
     """
     import psutil
 
     process, command = int(note["pid"]), str(note["cmd"])
     since = started(process)
-    if since is None:
-        return False
     if marked := MARKED.search(command):
-        return marked[1] == since
-    if process == os.getpid():
-        return False
+        return _ours_holds(*marked.groups(), since=since, alone=alone)
+    if not since:
+        return since == ""
     try:
         found = psutil.Process(process)
-        return found.create_time() <= written or command.endswith("".join(found.cmdline()[-1:]))
+        if found.create_time() <= written:
+            return True
+        return process != os.getpid() and command.endswith("".join(found.cmdline()[-1:]))
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:
         return True
+
+
+def _ours_holds(host: str, namespace: str, then: str, *, since: str | None, alone: bool) -> bool:
+    """The same of a note of ours; ``since``: when the process began that has the number here."""
+    here = host == socket.gethostname()
+    if here and namespace == _namespace():
+        return since in ("", then)
+    return not (alone and (here or _boot(then) == _boot(started(os.getpid()) or "")))
+
+
+def _namespace() -> str:
+    """Where this process's number counts: each container has a PID namespace of its own."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:  # not Linux
+        return "-"
+
+
+def _boot(started: str) -> str:
+    """What all processes have in common that one kernel runs, in whatever container."""
+    return started.partition(" ")[0]
 
 
 def written_now(root: Path, folder: Path) -> bool:
@@ -137,14 +168,14 @@ def written_now(root: Path, folder: Path) -> bool:
 
 
 def started(process: int) -> str | None:
-    """When a process started, or None if there is none.
+    """When a process started; "" if that is not for this user to know, None if there is no such process.
 
     On Linux in ticks since this start of the machine. Seconds since 1970 would be others once the clock is
     set, and every living process would look like another.
     """
     import psutil
 
-    with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+    try:
         found = psutil.Process(process)
         if found.status() == psutil.STATUS_ZOMBIE:
             return None
@@ -153,4 +184,18 @@ def started(process: int) -> str | None:
             ticks = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
             return f"{BOOT.read_text(encoding='utf-8').strip()} {ticks.rpartition(')')[2].split()[19]}"
         return str(found.create_time())
-    return None
+    except (psutil.AccessDenied, PermissionError):
+        return ""
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+        return "" if _hidden(process) else None
+
+
+def _hidden(process: int) -> bool:
+    """Whether it is another user's, whom /proc does not show: mounted with hidepid=2."""
+    if BOOT.exists():  # elsewhere signal 0 may be one that ends a process
+        with suppress(ProcessLookupError):
+            try:
+                os.kill(process, 0)
+            except PermissionError:
+                return True
+    return False
