@@ -76,7 +76,7 @@ def take(
 
     Raises:
         HeadstartError: the source or the store of the inbox cannot be reached, the disk is full, or a stage
-            has been reading the data for a day.
+            has been reading the data for almost a day.
     """
     if wait:
         inbox.settle(recipe, layout)

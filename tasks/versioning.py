@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
 Outcome = Literal["ran", "restored"]
 # Seconds to wait for a path that another run is using. What a stage reads and writes is in use until it ends,
-# which may take as long as the flow allows, and with any recipe's part of data/ all of it.
-BUSY, STAGE_BUSY = 60.0, 24 * 3600.0
+# which may take as long as the flow allows, and with any recipe's part of data/ all of it. An hour less than
+# flows/retrain.py allows, for rows than flows/monitor.py: its timeout would not say which run is in the way.
+BUSY, STAGE_BUSY, ROWS_BUSY = 60.0, 23 * 3600.0, 5 * 3600.0
 BLOCKED = "is busy, it is being blocked by"  # so DVC says it; that something is busy, a stage may say as well
 ABANDONED = f"if no run is under way, delete {runs.RWLOCK}"  # as after a container was killed
 # What DVC tells a person at a terminal after each stage, and nobody needs five times in a log.
@@ -97,7 +98,7 @@ def reproduce(
 
     Raises:
         HeadstartError: the stage's own error; if it died without one, DVC's last words; or another run
-            has held it for a day.
+            has held it for almost a day.
     """
     with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
         error_file = Path(folder) / "error.json"
@@ -115,9 +116,9 @@ def writing(root: Path, recipe: str, log: Callable[[str], None]) -> Iterator[Non
     What asks DVC for the same path, such as ``dvc add``, must wait until this has ended.
 
     Raises:
-        HeadstartError: another run has held it for a day, or DVC cannot tell who does.
+        HeadstartError: another run has held it for almost a day, or DVC cannot tell who does.
     """
-    with _held(root, f"a change of data/{recipe}", log, write=[f"data/{recipe}"]):
+    with _held(root, f"a change of data/{recipe}", log, STAGE_BUSY, write=[f"data/{recipe}"]):
         yield
 
 
@@ -133,10 +134,10 @@ def await_manifest(root: Path, recipe: str, log: Callable[[str], None]) -> None:
     """Wait while a run is at ``validate``, before which DVC deletes what it made last time.
 
     Raises:
-        HeadstartError: as of ``writing``.
+        HeadstartError: as of ``writing``, but after hours.
     """
     outputs = [f"{folder}/{recipe}" for folder in ("manifest", "truth")]
-    with _held(root, f"a look at manifest/{recipe}", log, read=outputs):
+    with _held(root, f"a look at manifest/{recipe}", log, ROWS_BUSY, read=outputs):
         pass
 
 
@@ -297,6 +298,7 @@ def _held(
     root: Path,
     whose: str,
     log: Callable[[str], None],
+    patience: float,
     *,
     read: Sequence[str] = (),
     write: Sequence[str] = (),
@@ -309,7 +311,7 @@ def _held(
 
     command = " ".join(sys.argv) + runs.mark()
     reads, writes = ([str(root.resolve() / path) for path in paths] for paths in (read, write))
-    waiting = _Waiting(whose, root, log, STAGE_BUSY)
+    waiting = _Waiting(whose, root, log, patience)
     with Repo(str(root)) as repo, contextlib.ExitStack() as held:
         while True:
             _forget_the_dead(root)

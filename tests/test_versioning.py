@@ -18,7 +18,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from flows import watch
+from flows import monitor, retrain, watch
 from headstart import inbox, runs, trials
 from headstart.errors import HeadstartError
 from headstart.layout import EARLIER_SPLITS, Layout
@@ -456,6 +456,15 @@ def test_a_look_for_what_dead_runs_left_changes_nothing_if_they_left_nothing(
             assert (file.read_text(), file.stat().st_mtime) == (text, 2**31)
     monkeypatch.delattr("dvc.rwlock._edit_rwlock")  # DVC's own, which it may drop
     versioning.forget_writers(project.root)
+
+
+def test_a_wait_ends_before_its_flow_does_and_says_what_for() -> None:
+    for flow, patience in (
+        (retrain.retrain, versioning.STAGE_BUSY),
+        (retrain.retrain, versioning.ROWS_BUSY),
+        (monitor.monitor, versioning.ROWS_BUSY),
+    ):
+        assert flow.timeout_seconds and flow.timeout_seconds > patience
 
 
 @pytest.mark.parametrize("mark", ["", marked()], ids=["by DVC", "by us"])
