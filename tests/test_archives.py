@@ -71,7 +71,7 @@ def refused(path: Path, member: str | None, folder: Path) -> str:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_an_archive_is_unpacked(suffix: str, tmp_path: Path, folder: Path) -> None:
-    assert archives.extract(packed(tmp_path / f"x{suffix}", FILES), None, folder) == folder
+    assert archives.place(packed(tmp_path / f"x{suffix}", FILES), None, folder) == folder
     assert held(folder) == FILES
 
 
@@ -80,20 +80,20 @@ def test_an_archive_is_unpacked(suffix: str, tmp_path: Path, folder: Path) -> No
 def test_of_a_folder_in_an_archive_the_content_lands_directly(
     suffix: str, member: str, tmp_path: Path, folder: Path
 ) -> None:
-    assert archives.extract(packed(tmp_path / f"x{suffix}", FILES), member, folder) == folder
+    assert archives.place(packed(tmp_path / f"x{suffix}", FILES), member, folder) == folder
     assert held(folder) == {"a.csv": b"a", "deep/b.csv": b"bb"}
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_one_file_of_an_archive_lands_under_its_own_name(suffix: str, tmp_path: Path, folder: Path) -> None:
-    placed = archives.extract(packed(tmp_path / f"x{suffix}", FILES), "top/data/deep/b.csv", folder)
+    placed = archives.place(packed(tmp_path / f"x{suffix}", FILES), "top/data/deep/b.csv", folder)
     assert placed == folder / "b.csv"
     assert held(folder) == {"b.csv": b"bb"}
 
 
 def test_a_plain_file_is_copied_under_its_own_name(tmp_path: Path, folder: Path) -> None:
     weights = packed(tmp_path / "weights.zip", FILES).rename(tmp_path / "weights.pth")  # a zip file in truth
-    assert archives.extract(weights, None, folder) == folder / "weights.pth"
+    assert archives.place(weights, None, folder) == folder / "weights.pth"
     assert held(folder) == {"weights.pth": weights.read_bytes()}
 
 

@@ -280,6 +280,18 @@ def reading(project: Project, path: str, write: str = "") -> Iterator[subprocess
             reader.kill()
 
 
+def ending(stage: subprocess.Popen[bytes], told: list[str]) -> Callable[[str], None]:
+    """A log that keeps what it is told, and ends the stage once somebody waits for it."""
+
+    def log(line: str) -> None:
+        told.append(line)
+        if line.startswith("waiting"):
+            stage.kill()
+            stage.wait()
+
+    return log
+
+
 def test_data_that_a_stage_is_reading_change_only_when_it_has_ended(project: Project) -> None:
     layout = Layout(project.root, "moods")
     recipes = [cached.recipe(ingest={"source": f"file:{i}.csv", "settle": 0}, validate=TABLE) for i in (1, 2)]
@@ -335,14 +347,7 @@ def test_versioning_waits_for_a_stage_that_reads_the_data_and_says_so(project: P
     examples.write_texts(project.root / "data/moods/moods.csv")
     told: list[str] = []
     with reading(project, "data/moods") as reader:
-
-        def log(line: str) -> None:
-            told.append(line)
-            if line.startswith("waiting"):
-                reader.kill()
-                reader.wait()
-
-        versioning.version_data(project.root, "moods", log)
+        versioning.version_data(project.root, "moods", ending(reader, told))
     assert sum(versioning.BLOCKED in line for line in told) == 1
     assert told[-1] == "waiting for that run to end; if no run is under way, delete .dvc/tmp/rwlock"
     assert versioning.is_fresh(project.root, "data.dvc")
@@ -519,14 +524,7 @@ def test_rows_that_validate_is_making_anew_are_waited_for_and_whoever_does_not_w
         with pytest.raises(HeadstartError, match="validate@moods is running") as caught:
             trials.manifest(layout, "the test rows are missing")
         assert caught.value.transient
-
-        def log(line: str) -> None:
-            told.append(line)
-            if line.startswith("waiting"):
-                stage.kill()
-                stage.wait()
-
-        versioning.await_manifest(project.root, "moods", log)
+        versioning.await_manifest(project.root, "moods", ending(stage, told))
     assert sum(versioning.BLOCKED in line for line in told) == 1
     with pytest.raises(HeadstartError, match="dvc repro validate@moods") as caught:
         trials.manifest(layout, "the test rows are missing")

@@ -28,6 +28,7 @@ import pandas as pd
 
 from headstart import mojibake
 from headstart.errors import HeadstartError
+from headstart.layout import leads_out
 from headstart.recipe import Validate
 
 Adapter = Callable[[Path, Validate], pd.DataFrame]
@@ -80,7 +81,7 @@ def read(raw: Path, options: Validate) -> pd.DataFrame:
             where="validate.adapter",
             do="give `label` and either `text` or `path`",
         )
-    if "path" in frame and (outside := sorted({path for path in map(str, frame["path"]) if _outside(path)})):
+    if "path" in frame and (outside := sorted({path for path in map(str, frame["path"]) if leads_out(path)})):
         raise HeadstartError(
             f"{len(outside)} paths of pictures lead out of the data",
             where=str(raw),
@@ -88,11 +89,6 @@ def read(raw: Path, options: Validate) -> pd.DataFrame:
             do="give each as a path inside of the folder, without `..`",
         )
     return frame.reset_index(drop=True)
-
-
-def _outside(path: str) -> bool:
-    """Whether a path is none inside of a folder, going by its name: DVC may keep the files as links."""
-    return path.startswith("/") or ".." in path.split("/") or "\0" in path
 
 
 def _find(name: str) -> Adapter:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO
 
 from headstart.errors import HeadstartError
+from headstart.layout import leads_out
 from headstart.progress import bar
 from headstart.sources import walk
 
@@ -89,26 +90,24 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(ZIPS + TARS)
 
 
-def place(path: Path, member: str | None, folder: Path, *, links: bool = True) -> None:
+def place(path: Path, member: str | None, folder: Path, *, links: bool = True) -> Path:
     """Put what ``path`` holds, or only ``member`` of it, into the existing empty ``folder``.
 
     A folder's content lands directly in ``folder``, an archive is unpacked into it, and any other file
     lands there under its own name. ``member`` may lead through archives: ``inner.tar.gz/data``. Links on the
     disk are followed, unless ``links`` is false: where others put them, they may lead anywhere.
 
+    Returns:
+        The one plain file that was placed, or else ``folder`` itself.
+
     Raises:
         HeadstartError: no such member, a member that is unsafe to write, a damaged archive, or one
             that is far larger than it should be.
     """
-    extract(path, member, folder, links=links)
-
-
-def extract(path: Path, member: str | None, folder: Path, *, links: bool = True) -> Path:
-    """Like ``place``; returns the one plain file that was placed, or else ``folder`` itself."""
     wanted = (member or "").replace("\\", "/").removeprefix("./").strip("/")
+    wanted = "" if wanted == "." else wanted
     try:
         with bar(desc=f"unpacking {path.name}", unit="B", unit_scale=True) as progress:
-            wanted = "" if wanted == "." else wanted
             placed = _unpack(path, wanted, folder, Spent(), progress.update, links=links)
     finally:
         shutil.rmtree(folder / NESTED, ignore_errors=True)
@@ -297,7 +296,7 @@ def _escape(name: str) -> str:
         return "an absolute path"
     if name.count("/") > MAX_FOLDERS:
         return f"a path of more than {MAX_FOLDERS} folders"
-    return "a path that leads out of it" if ".." in name.split("/") or "\0" in name else ""
+    return "a path that leads out of it" if leads_out(name) else ""
 
 
 def _bound(spent: Spent, size: int, packed: int | None, path: Path) -> None:

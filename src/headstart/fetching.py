@@ -53,7 +53,7 @@ def fetch(recipe: Recipe, layout: Layout) -> None:
     with written_whole(layout.weights) as target:
         unpacked = target / ".published"
         unpacked.mkdir()
-        published = archives.extract(downloaded, member, unpacked)
+        published = archives.place(downloaded, member, unpacked)
         if (published / "MLmodel").is_file():
             _from_champion(published, chosen, digest, target)
             shutil.rmtree(unpacked)

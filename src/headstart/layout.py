@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from headstart.errors import HeadstartError
 
@@ -190,6 +190,11 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def leads_out(path: str) -> bool:
+    """Whether a path is none inside of a folder, going by its name: DVC may keep the files as links."""
+    return path.startswith("/") or ".." in path.split("/") or "\0" in path
+
+
 def registered_parts(folder: Path) -> dict[str, Path]:
     """The parts of a model, as ``models.parts_of`` names them, in MLflow's folder of a version.
 
@@ -201,11 +206,10 @@ def registered_parts(folder: Path) -> dict[str, Path]:
     described = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))
     paths = described["flavors"]["python_function"]["artifacts"]
     for part, where in paths.items():
-        inside = PurePosixPath(where["path"])
-        if inside.is_absolute() or ".." in inside.parts:
+        if leads_out(where["path"]):
             raise HeadstartError(
                 f"the model's {part} does not lie in its folder",
-                where=f"{folder / 'MLmodel'}: {inside}",
+                where=f"{folder / 'MLmodel'}: {where['path']}",
                 do="take the model from a source that you trust",
             )
     return {part: folder / where["path"] for part, where in paths.items()}

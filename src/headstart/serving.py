@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from headstart import environment
 from headstart.errors import HeadstartError
 from headstart.models import Answers, Model, Version
 
@@ -50,7 +51,7 @@ MOST_UNPACKED = 8 * MOST_BYTES  # of Parquet, which may hold much in little
 MOST_PIXELS = 50_000_000  # of a picture: 200 MB once decoded, whatever the size of its file
 WARM, OPAQUE = (255, 80, 0), 200  # colour of a map, and how much it covers where it is 1
 THREADS = 32  # requests that are parsed, and wait for the network, at a time
-THIS_MACHINE = ("127.0.0.1", "localhost", "::1")  # what it is called, at an address that only it can reach
+NAMES = (*environment.THIS_MACHINE, "::1")  # what it is called, at an address that only it can reach
 STOPS = (signal.SIGINT, signal.SIGTERM)
 PAGE = Path(__file__).with_name("page.html")
 POLICY = (  # what the page may load: itself
@@ -132,8 +133,8 @@ class Served:
 
         try:
             items = _items(data, self.model)
-            if len(items) > MOST_ROWS:
-                refused = MlflowException(f"a request may have {MOST_ROWS} rows; this one has {len(items)}")
+            if much := _too_many(len(items)):
+                refused = MlflowException(much)
                 refused.get_http_status_code = lambda: 413  # MLflow's own codes have no name for it
                 raise refused
             labels, probabilities = self.queue(items)
@@ -353,6 +354,11 @@ def _host(scope: Message) -> str | None:
     return None
 
 
+def _too_many(rows: int) -> str:
+    """That a request has too many rows; "" if it has not."""
+    return f"a request may have {MOST_ROWS} rows; this one has {rows}" if rows > MOST_ROWS else ""
+
+
 def _unpacked(body: bytes) -> str:
     """What is too much in a Parquet file; "" if nothing is.
 
@@ -364,8 +370,8 @@ def _unpacked(body: bytes) -> str:
     much = f"a request may have {MOST_UNPACKED >> 20} MB unpacked; this one has more"
     try:
         file = ParquetFile(BufferReader(body))
-        if file.metadata.num_rows > MOST_ROWS:
-            return f"a request may have {MOST_ROWS} rows; this one has {file.metadata.num_rows}"
+        if many := _too_many(file.metadata.num_rows):
+            return many
         groups = range(file.metadata.num_row_groups)
         if sum(file.metadata.row_group(each).total_byte_size for each in groups) > MOST_UNPACKED:
             return much
@@ -442,7 +448,7 @@ def serve(version: Version, at: socket.socket, name: str = "127.0.0.1") -> None:
 
     _limit_pictures()
     host, port = at.getsockname()[:2]
-    names = {name.lower(), host, *THIS_MACHINE} if ipaddress.ip_address(host).is_loopback else ()
+    names = {name.lower(), host, *NAMES} if ipaddress.ip_address(host).is_loopback else ()
     app = app_of(version, names)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     for sent in STOPS:  # uvicorn has its own handlers later, and sends itself once more what has stopped it

@@ -26,7 +26,7 @@ from filelock import FileLock
 from headstart import downloads, packages
 from headstart.downloads import redacted, remove, safe_name
 from headstart.errors import HeadstartError
-from headstart.layout import UNWRITABLE, sha256_of
+from headstart.layout import UNWRITABLE, leads_out, sha256_of
 from headstart.progress import bar
 
 __all__ = [
@@ -344,7 +344,7 @@ def _folder_of(store: AbstractFileSystem, root: str, part: Path) -> None:
         if not path.endswith("/")
     }
     there = {name: [str(facts.get(fact)) for fact in FACTS] for name, (_, facts) in listed.items()}
-    if not there or any(".." in Path(name).parts for name in there):
+    if not there or any(map(leads_out, there)):
         raise FileNotFoundError(root)
     if part.is_file():
         remove(part)
