@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,8 @@ from scipy.special import ndtr, ndtri, softmax
 from scipy.stats import kstest
 
 from headstart import shifts
-from headstart.class_shares import calibrated, label_shift
-from headstart.shifts import diagnose, location, mmd, ordered, separability
+from headstart.class_shares import LabelShift, calibrated, label_shift
+from headstart.shifts import Interval, diagnose, location, mmd, most_separable, ordered, separability
 
 pytestmark = pytest.mark.usefixtures("one_thread_of_blas")
 
@@ -350,6 +352,41 @@ def test_class_shares_that_explain_the_answers_but_not_the_features_are_not_to_b
     words = " ".join(diagnosis(0.8, lambda x: x + np.array([0, 3.0, 3.0, 0, 0, 0])).words)
     assert "label shift" not in words
     assert "the classes themselves look different, so do not trust that share" in words
+
+
+def test_what_few_groups_no_longer_show_is_not_explained_by_class_shares() -> None:
+    """Three groups a side are too few for a permutation test, and enough to see that they are far apart."""
+    apart = np.array([0, 4.0, 4.0, 0, 0, 0])
+    found = diagnosis(0.9, lambda x: x + apart, groups=np.arange(400) % 3)
+    assert found.mmd_p > 0.05
+    assert found.kind == "none"
+    told = most_separable(found.label_shift)
+    assert told == pytest.approx(0.8, abs=0.05)
+    assert f"told apart with AUROC {told:.2f} at most" in " ".join(found.words)
+
+
+def test_a_discrepancy_that_is_shown_must_be_gone_not_only_no_longer_shown() -> None:
+    shift = LabelShift(*(np.array(shares) for shares in ([0.1, 0.9], [0.0, 0.8], [0.2, 1.0], [0.7, 0.3])))
+    found = replace(diagnosis(0.9), label_shift=shift, separability=Interval(0.95, 0.4, 1), mmd_p=0.005)
+    rests = [shifts._rest(found, shifts._Explained(gone, 0.1)) for gone in (0.75, 0.85)]
+    assert rests == [True, False]
+    assert not shifts._rest(replace(found, mmd_p=0.1), shifts._Explained(0.75, 0.1))
+    assert shifts._rest(replace(found, separability=Interval(0.95, 0.81, 1)), shifts._Explained(0.9, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs"), [([0.7, 0.3], [0.2, 0.8]), ([0.5, 0.3, 0.2], [0.1, 0.3, 0.6]), ([0.4, 0.6], [0.4, 0.6])]
+)
+def test_class_shares_allow_the_auroc_of_the_best_order_of_the_classes(mine: Any, theirs: Any) -> None:
+    def area(scores: Any) -> float:
+        pairs = np.outer(theirs, mine)
+        above = np.greater.outer(scores, scores) + np.equal.outer(scores, scores) / 2
+        return float((pairs * above).sum())
+
+    best = max(area(np.array(order)) for order in permutations(range(len(mine))))
+    unknown = np.full(len(mine), np.nan)
+    shift = LabelShift(np.array(theirs), unknown, unknown, np.array(mine))
+    assert most_separable(shift) == pytest.approx(best)
 
 
 def test_few_groups_are_mentioned_and_one_group_tells_nothing() -> None:

@@ -362,9 +362,7 @@ def diagnose(  # noqa: PLR0917  # two sides of features, groups and probabilitie
     )
     few = min(len(np.unique(side)) for side in sides)
     kind: Kind = "none" if _tests(found) < 2 else "features"
-    if _of_labels(found, by_features, by_answers) and (
-        by_features.p > SIGNIFICANT or by_features.gone >= MOST
-    ):
+    if _of_labels(found, by_features, by_answers) and not _rest(found, by_features):
         kind = "labels"
     return replace(found, kind=kind, words=_words(found, by_features, by_answers, few, classes))
 
@@ -400,6 +398,32 @@ def _of_labels(found: Diagnosis, features: _Explained, answers: _Explained) -> b
     """Whether it looks like label shift, perhaps among other things."""
     fits = features.p > SIGNIFICANT or features.gone >= HALF
     return _differs(found.label_shift) and _mixed(answers) and fits
+
+
+def _rest(found: Diagnosis, features: _Explained) -> bool:
+    """Whether the features have surely moved by more than class shares explain.
+
+    That a test no longer sees a difference is no explanation of one that was shown: where groups are few it
+    soon sees nothing. Most of it must be gone.
+    """
+    return _too_far(found) or (found.mmd_p <= SIGNIFICANT and features.gone < MOST)
+
+
+def _too_far(found: Diagnosis) -> bool:
+    """Whether the sides are told apart better than class shares allow, which few groups may show as well."""
+    return found.separability.low > most_separable(found.label_shift)
+
+
+def most_separable(shift: LabelShift) -> float:
+    """The largest AUROC between source and target rows that another mixture of the same classes allows.
+
+    Given its class, nothing about a row tells which side it is of, so no classifier of the sides beats one
+    that knows the class. That one ranks classes by how much more common they are in the target; of two
+    classes, it has (1 + the change of a share) / 2.
+    """
+    order = np.argsort(shift.prior / shift.source_prior)
+    mine, theirs = shift.source_prior[order], shift.prior[order]
+    return float(theirs @ (np.cumsum(mine) - mine / 2))
 
 
 def _words(
@@ -441,10 +465,14 @@ def _words(
                 "That is not certain: the classifier's answers overlap so much that features which moved "
                 "from one class towards another would look alike."
             )
-        if features.p <= SIGNIFICANT:
+        if features.p <= SIGNIFICANT or _rest(found, features):
+            rest = (
+                f"by them alone the sides could be told apart with AUROC {most_separable(shift):.2f} at most"
+                if _too_far(found)
+                else f"{1 - features.gone:.0%} of the squared discrepancy is left"
+            )
             words.append(
-                "Besides, the features have moved in a way that class shares do not explain: "
-                f"{1 - features.gone:.0%} of the squared discrepancy is left."
+                f"Besides, the features have moved in a way that class shares do not explain: {rest}."
             )
         elif tests:
             words.append(
