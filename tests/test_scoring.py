@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from headstart import adapters, devices, features, scoring
+from headstart import adapters, devices, features, inputs, scoring
 from headstart.errors import HeadstartError
 from headstart.models import Version
 from headstart.recipe import Validate
@@ -148,10 +148,10 @@ def test_no_row_of_a_tsv_is_lost_between_two_quotation_marks(texts: Version, tmp
 
 
 def test_a_line_of_json_may_be_longer_than_what_is_read_at_a_time(texts: Version, tmp_path: Path) -> None:
-    lines = [{"text": "a delight", "notes": "x" * size} for size in (5, 3 * scoring.BLOCK, 7)]
+    lines = [{"text": "a delight", "notes": "x" * size} for size in (5, 3 * inputs.BLOCK, 7)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     rows = predicted(texts, "rows.jsonl")
-    assert rows["notes"].str.len().tolist() == [5, 3 * scoring.BLOCK, 7]
+    assert rows["notes"].str.len().tolist() == [5, 3 * inputs.BLOCK, 7]
     assert rows["error"].isna().all()
 
 
@@ -168,10 +168,10 @@ def test_a_line_of_json_may_be_longer_than_what_is_read_at_a_time(texts: Version
 def test_what_a_column_of_json_lines_holds_may_show_late(
     early: object, late: object, written: list[object], texts: Version, tmp_path: Path
 ) -> None:
-    count = 1 + scoring.BLOCK // 1000
+    count = 1 + inputs.BLOCK // 1000
     lines = [json.dumps({"notes": each, "text": "a delight " + 1000 * "x"}) for each in (early, late)]
     (tmp_path / "rows.jsonl").write_text("\n".join([*lines[:1] * count, lines[1]]))
-    (source,) = scoring.opened(["rows.jsonl"], "small", "text")
+    (source,) = inputs.opened(["rows.jsonl"], "small", "text")
     found = [value for chunk in source.chunks(100) for value in chunk.rows.column("notes").to_pylist()]
     assert found == [*written[:1] * count, written[1]]
     assert source.rows == count + 1
@@ -195,10 +195,10 @@ def test_what_a_column_of_json_lines_holds_may_show_late(
 def test_whole_numbers_of_json_lines_are_never_rounded(
     values: list[str], written: Any, late: bool, texts: Version, tmp_path: Path
 ) -> None:
-    long = "x" * scoring.BLOCK if late else ""  # each in what is read at a time, or all together
+    long = "x" * inputs.BLOCK if late else ""  # each in what is read at a time, or all together
     lines = [f'{{"text": "a \\"delight\\" {long}", "id": {value}, "n": {1.5}}}' for value in values]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
-    (source,) = scoring.opened(["rows.jsonl"], "small", "text")
+    (source,) = inputs.opened(["rows.jsonl"], "small", "text")
     found = [row for chunk in source.chunks(100) for row in chunk.rows.to_pylist()]
     assert [row["id"] for row in found] == (values if written is ... else written)
     assert {row["text"] for row in found} == {f'a "delight" {long}'}

@@ -375,7 +375,8 @@ def test_a_discrepancy_that_is_shown_must_be_gone_not_only_no_longer_shown() -> 
 
 
 @pytest.mark.parametrize(
-    ("mine", "theirs"), [([0.7, 0.3], [0.2, 0.8]), ([0.5, 0.3, 0.2], [0.1, 0.3, 0.6]), ([0.4, 0.6], [0.4, 0.6])]
+    ("mine", "theirs"),
+    [([0.7, 0.3], [0.2, 0.8]), ([0.5, 0.3, 0.2], [0.1, 0.3, 0.6]), ([0.4, 0.6], [0.4, 0.6])],
 )
 def test_class_shares_allow_the_auroc_of_the_best_order_of_the_classes(mine: Any, theirs: Any) -> None:
     def area(scores: Any) -> float:

@@ -36,6 +36,7 @@ from headstart import (
 from headstart.drift import Drift, Side
 from headstart.errors import HeadstartError
 from headstart.evaluation import positions
+from headstart.inputs import opened
 from headstart.layout import HIDDEN, Layout, unwritable_named
 from headstart.metrics import LOWER_IS_BETTER, METRICS, intervals
 from headstart.recipe import Recipe
@@ -262,10 +263,10 @@ def _given(recipe: Recipe, version: Version, inputs: Sequence[str], most: int) -
     """Rows that files, folders or tables hold; a table may have labels, in the recipe's own column."""
     modality, columns = version.model.modality, recipe.validate_.columns
     column = columns.text if recipe.validate_.adapter == "table" else None
-    opened = scoring.opened(inputs, version.name, modality, column if modality == "text" else None)
+    sources = opened(inputs, version.name, modality, column if modality == "text" else None)
 
     def rows() -> Iterable[tuple[str, Item, str]]:
-        for source in opened:
+        for source in sources:
             passed = 0
             for chunk in source.chunks(scoring.CHUNK[modality]):
                 items, _ = scoring.items_of(source, chunk, modality)
