@@ -74,6 +74,22 @@ def test_a_good_batch_is_versioned_pushed_and_moves_no_row_and_outlives_a_change
     assert after.loc[before.index, "split"].equals(before)
 
 
+def test_a_batch_that_is_taken_back_leaves_the_other_rows_where_they_were(project: Project) -> None:
+    source, pointer = manifest(project), (project.root / "data.dvc").read_text()
+    examples.write_texts(project.root / "inbox/moods/monday.csv", 60, start=240)
+    for _ in range(2):  # it may come once more
+        shutil.copy(project.root / "inbox/moods/monday.csv", project.root / "monday.csv")
+        project.ok("headstart", "receive", "recipes/moods.yaml")
+        assert (project.root / "data.dvc").read_text() != pointer
+        shutil.rmtree(project.root / "data/moods/.batches/monday")
+        project.ok("headstart", "ingest", "recipes/moods.yaml")
+        assert project.ok("dvc", "status", "data.dvc", "--json").strip() == "{}"
+        project.ok("dvc", "repro", "validate@moods")
+        rows = manifest(project)
+        assert rows[["id", "split"]].equals(source[["id", "split"]])
+        (project.root / "monday.csv").rename(project.root / "inbox/moods/monday.csv")
+
+
 def without_its_remote(project: Project, tmp_path: Path) -> None:
     """Another machine whose remote is away does not go on with the source alone, and forget the batches."""
     other = project.copy(tmp_path / "other")
