@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from headstart import metrics, trials
+from headstart import gate, metrics, trials
 from headstart.gate import Answers, Judged, Verdict, fewest_groups, judge, mcnemar
 from headstart.recipe import Promote
+
+CLASSES = ["intact", "defect"]
 
 
 def answers(truth: np.ndarray, right: np.ndarray, **costs: float) -> Answers:
@@ -21,7 +23,8 @@ def answers(truth: np.ndarray, right: np.ndarray, **costs: float) -> Answers:
 
 def rows(n: int = 400, per_group: int = 1, domains: int = 1) -> Judged:
     places = np.arange(n)
-    return Judged(places % 2, places // per_group, np.char.add("site ", (places % domains).astype(str)))
+    named = np.char.add("site ", (places % domains).astype(str))
+    return Judged(places % 2, places // per_group, named, CLASSES)
 
 
 def pair(n: int, only_ours: int, only_theirs: int, both: int) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +45,7 @@ def simulated(seed: int, gain: float, disagreement: float = 0.08, n: int = 650) 
     both = 0.85 - theirs
     first = which < both + ours
     second = (which < both) | ((which >= both + ours) & (which < both + ours + theirs))
-    judged = Judged(truth, np.arange(n), np.full(n, "site"))
+    judged = Judged(truth, np.arange(n), np.full(n, "site"), CLASSES)
     return judge(judged, answers(truth, first), answers(truth, second), Promote())
 
 
@@ -54,6 +57,43 @@ def test_of_200_models_that_are_no_better_at_most_one_in_twenty_is_promoted() ->
 @pytest.mark.slow
 def test_of_200_models_that_gain_3_points_four_in_five_are_promoted() -> None:
     assert sum(simulated(seed, gain=0.03).promoted for seed in range(200)) >= 160
+
+
+def ranked(seed: int, few: int, metric: str) -> Verdict:
+    """One retraining that gains nothing, where so few of the groups hold defects, and 40 hold none."""
+    chance = np.random.default_rng([2026, seed])
+    groups = np.repeat(np.arange(few + 40), 6)
+    truth = (groups < few).astype(np.int64)
+    said = []
+    for _ in range(2):
+        alike = chance.normal(size=few + 40)[groups]  # rows of one group
+        p = 1 / (1 + np.exp(0.75 - 1.5 * truth - 0.7 * alike - chance.normal(size=len(truth))))
+        said.append(Answers(np.stack([1 - p, p], axis=1), (p > 0.5).astype(np.int64)))
+    judged = Judged(truth, groups, np.full(len(truth), "site"), CLASSES)
+    return judge(judged, *said, Promote(metric=metric))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("few", [1, 2, 5])
+def test_luck_is_as_rare_where_few_groups_hold_a_class(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "RESAMPLES", 400)
+    assert sum(ranked(seed, few, "auroc").promoted for seed in range(200)) <= 10
+
+
+@pytest.mark.parametrize("metric", ["balanced_accuracy", "macro_f1", "auroc"])
+def test_a_class_in_few_groups_of_many_can_show_nothing_and_is_named(metric: str) -> None:
+    groups = np.arange(400) // 4  # a hundred groups, of which few hold defects
+    for few in (4, 5):
+        truth = ((groups < few) & (np.arange(400) % 2 == 1)).astype(np.int64)
+        judged = Judged(truth, groups, np.full(400, "site"), CLASSES)
+        ours, theirs = answers(truth, np.full(400, True)), answers(truth, np.arange(400) % 4 < 2)
+        verdict = judge(judged, ours, theirs, Promote(metric=metric))  # type: ignore[arg-type]
+        assert verdict.promoted == (few == 5)
+        words = (
+            "4 groups of test rows with class defect cannot show with 95% confidence that one model is better"
+        )
+        assert any(reason == f"{words}: that takes 5" for reason in verdict.reasons) == (few == 4)
+        assert judge(judged, ours, theirs, Promote()).promoted  # of accuracy all rows weigh alike
 
 
 def test_the_model_that_it_is_compared_with_is_called_by_its_name() -> None:
@@ -162,7 +202,7 @@ def test_a_score_of_exactly_the_floor_is_enough() -> None:
     truth = np.repeat([0, 1, 2], 100)  # recalls of 0.6, 0.8 and 1, whose mean is 0.7999...
     right = np.concatenate([np.arange(100) < count for count in (60, 80, 100)])
     named = np.where(right, truth, (truth + 1) % 3)
-    judged = Judged(truth, np.arange(300), np.full(300, "site"))
+    judged = Judged(truth, np.arange(300), np.full(300, "site"), ["a", "b", "c"])
     said = Answers(np.eye(3)[named], named)
     verdict = judge(judged, said, None, Promote(metric="balanced_accuracy", floor=0.8))
     assert verdict.figures["candidate"] < 0.8  # type: ignore[operator]
@@ -217,7 +257,7 @@ def test_a_class_that_a_model_does_not_know_counts_as_its_mistakes() -> None:
     probabilities[:, 0] = 1
     old = Answers(probabilities, np.where(truth == 2, -1, truth))
     new = Answers(np.eye(3)[truth], truth)
-    judged = Judged(truth, np.arange(300), np.full(300, "site"))
+    judged = Judged(truth, np.arange(300), np.full(300, "site"), ["a", "b", "c"])
     verdict = judge(judged, new, old, Promote(metric="macro_f1"))
     assert verdict.promoted
     assert verdict.figures["against"] == pytest.approx(2 / 3)
@@ -228,7 +268,7 @@ def test_few_groups_can_show_nothing_however_much_better_the_model(confidence: f
     ours, theirs = pair(400, only_ours=90, only_theirs=0, both=300)
     for groups in (fewest - 1, fewest):
         judged = rows()
-        judged = Judged(judged.truth, np.arange(400) % groups, judged.domains)
+        judged = Judged(judged.truth, np.arange(400) // 2 % groups, judged.domains, CLASSES)
         rules = Promote(confidence=confidence, metric="balanced_accuracy")
         verdict = judge(judged, answers(judged.truth, ours), answers(judged.truth, theirs), rules)
         assert verdict.promoted == (groups == fewest)

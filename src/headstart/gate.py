@@ -6,6 +6,7 @@ figures behind each rule. A pure function: never loads a model, asks a registry 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, log2
 from typing import Any
@@ -72,6 +73,7 @@ class Judged:
     truth: Ints  # positions of the true classes
     groups: NDArray[Any]  # any values; rows of one group are drawn together
     domains: NDArray[Any]  # names
+    classes: Sequence[str]  # [k], names of the positions
 
 
 def judge(
@@ -86,9 +88,10 @@ def judge(
 
     Better is shown by a paired bootstrap over groups: the gain must exceed ``min_gain`` in all but
     1 - ``confidence`` of the resamples (one-sided, the percentile moved outwards as for few groups; see
-    ``metrics.intervals``). Where better means more rows named rightly, McNemar's exact test of a gain above 0
-    has to agree (McNemar 1947). It takes rows for independent, so where groups are large it is too sure, and
-    the bootstrap decides.
+    ``metrics.intervals``). Where the metric is a mean over classes, the groups of the class that is in the
+    fewest are those that count. Where better means more rows named rightly, McNemar's exact test of a gain
+    above 0 has to agree (McNemar 1947). It takes rows for independent, so where groups are large it is too
+    sure, and the bootstrap decides.
 
     Args:
         rows: what is true of them.
@@ -161,14 +164,14 @@ def _gain(
     """Whether it is shown to be better, and the figures of both tests."""
     ours, theirs = (_score(rows.truth, answers, rules.metric) for answers in pair)
     figures: Figures = {"candidate": ours, "against": theirs, "gain": None}
-    count, fewest = len(np.unique(rows.groups)), fewest_groups(rules.confidence)
+    (count, those), fewest = _counted(rows, rules.metric), fewest_groups(rules.confidence)
     if ours is None or theirs is None:
         words = f"{rules.metric} is not defined on these rows, so it shows nothing"
         return [Check("min_gain", False, words)], figures
     figures["gain"] = ours - theirs
     sure = f"{100 * rules.confidence:g}% confidence"
     if count < fewest:
-        words = f"{count} groups of test rows cannot show with {sure} that one model is better"
+        words = f"{count} {those} cannot show with {sure} that one model is better"
         return [Check("min_gain", False, f"{words}: that takes {fewest}")], figures
     drawn = gains(
         rows.truth,
@@ -199,6 +202,23 @@ def _gain(
         )
         checks.append(Check("mcnemar", p < most, words))
     return checks, figures
+
+
+def _counted(rows: Judged, metric: str) -> tuple[int, str]:
+    """The groups that a gain in the metric can be shown by: how many, and which in words.
+
+    A mean over classes is no surer than the class that is in the fewest groups: resamples of two hardly
+    vary, and those that have neither say nothing of the class. What AUROC holds against a class, all rows of
+    others, is in no fewer groups than those others are, so it need not be counted.
+    """
+    every, whole = len(np.unique(rows.groups)), "groups of test rows"
+    if metric == "accuracy":
+        return every, whole
+    held = {place: len(np.unique(rows.groups[rows.truth == place])) for place in np.unique(rows.truth)}
+    rarest = min(held, key=held.__getitem__)
+    if held[rarest] == every:
+        return every, whole
+    return held[rarest], f"{whole} with class {rows.classes[rarest]}"
 
 
 def _by_domain(rows: Judged, pair: tuple[Answers, Answers], metric: str) -> dict[str, float]:

@@ -252,6 +252,7 @@ def compare(
         evaluation.positions(rows["label"].tolist(), classes),
         rows["group"].factorize()[0],
         rows["domain"].to_numpy(str),
+        classes,
     )
     against = answers[1] if other is not None else None
     named = "the champion" if reigns else f"version {other}"
