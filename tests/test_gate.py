@@ -176,6 +176,39 @@ def test_a_model_that_ruins_one_domain_is_refused_by_name() -> None:
     assert any("worst domain site 0" in reason for reason in verdict.reasons)
 
 
+def of_one_class(ruined: bool, domains: int = 1) -> Verdict:
+    """A model that ranks better, judged in ``old`` and in ``new`` domains of defects alone, ruined or not."""
+    places = np.arange(400)
+    old = places < 200
+    truth = np.where(old, places % 2, 1)
+    named = np.where(old, "old", np.char.add("new ", (places % domains).astype(str)))
+    theirs = places % 5 < 3
+    ours = np.where(old, places % 10 > 0, theirs & (not ruined))
+    said = answers(truth, ours)
+    # What it misses ranks below its other defects and above all that it calls intact.
+    missed = (truth == 1) & ~ours
+    said = Answers(np.where(missed[:, None], [0.55, 0.45], said.probabilities), said.named)
+    rules = Promote(metric="auroc", no_domain_worse_than=0.02)
+    return judge(Judged(truth, places, named, CLASSES), said, answers(truth, theirs), rules)
+
+
+def test_a_domain_where_the_metric_is_not_defined_is_judged_by_accuracy_and_named() -> None:
+    sound, ruined = of_one_class(ruined=False), of_one_class(ruined=True)
+    for verdict in (sound, ruined):
+        assert set(verdict.by_domain) == {"old"}  # gains in AUROC, which the others do not have
+        assert verdict.figures["gain_low"] > 0  # type: ignore[operator]
+        (words,) = (each.words for each in verdict.checks if each.rule == "no_domain_worse_than")
+        assert words.endswith("in new 0 auroc is not defined, so accuracy is compared")
+    assert sound.promoted
+    assert [check.rule for check in ruined.checks if not check.passed] == ["no_domain_worse_than"]
+    assert ruined.reasons[0].startswith("worst domain new 0: accuracy -0.600, beyond -0.02")
+
+
+def test_of_many_domains_where_the_metric_is_not_defined_five_are_listed() -> None:
+    words = of_one_class(ruined=True, domains=50).reasons[0]
+    assert "in new 0, new 1, new 10, new 11, new 12 and 45 more auroc is not defined" in words
+
+
 def test_a_domain_may_fall_by_exactly_what_is_allowed() -> None:
     judged = rows(200, domains=2)  # of 100 rows each: 78 right of what were 80 in one, all of 80 in the other
     places = np.arange(200) // 2
