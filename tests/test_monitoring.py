@@ -7,11 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from headstart import monitoring
+from headstart.calibration import Decision
+from headstart.drift import Side, detect
 from headstart.models import Model, Version
+from headstart.monitoring import Rows
 from tests import cached, examples
 from tests.conftest import Project, clone
 
@@ -103,6 +107,28 @@ def test_labels_of_files_get_the_names_that_training_gives_them(
     model = cast(Model, SimpleNamespace(modality="text"))
     version = Version("small", "1", "run", {}, tmp_path, model)
     assert monitoring._given(cached.recipe(), version, [str(file)], 10).labels == names
+
+
+def sides(labels: list[str], tmp_path: Path) -> tuple[Version, Side, Rows]:
+    """A champion of two classes, which names the label where it knows it and else ``a``; and what it says."""
+    named = np.array([label == "b" for label in labels])
+    vectors = np.where(named[:, None], [0.2, 0.8], [0.8, 0.2])
+    head = SimpleNamespace(probabilities=lambda rows: rows)
+    model = cast(Model, SimpleNamespace(head=head, decision=Decision.likeliest(2), classes=["a", "b"]))
+    rows = Rows([f"row {i}" for i in range(len(labels))], list(labels), labels)
+    return Version("small", "1", "run", {}, tmp_path, model), monitoring._side(model, rows, vectors, {}), rows
+
+
+def test_rows_of_a_class_that_the_champion_does_not_know_are_its_mistakes(tmp_path: Path) -> None:
+    version, recent, rows = sides(["a", "b"] * 40 + ["c"] * 60 + [""] * 10, tmp_path)
+    assert np.isfinite(recent.right).sum() == 140  # no label is no mistake
+    measured = monitoring._measured(cached.recipe(), version, recent, rows)
+    assert measured["accuracy"]["value"] == pytest.approx(80 / 140)
+    assert measured["balanced_accuracy"]["value"] == pytest.approx(2 / 3)
+
+    known = sides(["a", "b"] * 40 + ["a"] * 60 + [""] * 10, tmp_path)[1]  # it says the same of these
+    (labels,) = (test for test in detect(known, recent, ["a", "b"]).shown)
+    assert (labels.name, labels.known) == ("right answers", 1)
 
 
 def test_a_batch_that_has_drifted_is_reported_logged_and_told_to_prefect(

@@ -332,10 +332,9 @@ def _side(
 ) -> Side:
     probabilities = model.head.probabilities(vectors)
     named = model.decision.named(probabilities)
-    right = np.full(len(named), np.nan)
-    known = [place for place, label in enumerate(rows.labels) if label in model.classes]
-    truth = positions([rows.labels[place] for place in known], model.classes)
-    right[known] = named[known] == truth
+    hidden = np.array([label == HIDDEN for label in rows.labels], bool)
+    # A class that the model does not know stands at -1, where it names nothing: each such row is a mistake.
+    right = np.where(hidden, np.nan, named == positions(rows.labels, model.classes))
     return Side(
         vectors=vectors,
         probabilities=probabilities,
@@ -397,11 +396,12 @@ def _measured(recipe: Recipe, version: Version, side: Side, rows: Rows) -> dict[
     some = np.flatnonzero(np.isfinite(side.right))
     if len(some) < drift.FEWEST:
         return {}
-    model = version.model
+    model, labels = version.model, [rows.labels[place] for place in some]
     probabilities = side.probabilities[some]
+    classes = list(dict.fromkeys([*model.classes, *labels]))  # new ones too, as the gate counts them
     return intervals(
-        positions([rows.labels[place] for place in some], model.classes),
-        probabilities,
+        positions(labels, classes),
+        trials.in_columns(probabilities, model.classes, classes),
         np.array([(rows.groups or rows.names)[place] for place in some]),
         named=model.decision.named(probabilities),
         resamples=recipe.evaluate.resamples,

@@ -22,6 +22,7 @@ from headstart import evaluation, gate, models, promotion, runs, stores
 from headstart.errors import HeadstartError, unmade
 from headstart.gate import Judged, Verdict
 from headstart.layout import HIDDEN, Layout, sha256_of
+from headstart.metrics import Floats
 from headstart.models import Version
 from headstart.promotion import CANDIDATE, CHAMPION, Entry
 from headstart.recipe import Recipe
@@ -274,10 +275,15 @@ def _answers(version: Version, items: Sequence[Item], classes: list[str]) -> gat
     """What a version says of the rows, in columns for all classes."""
     _, said = version.model(items)
     place = evaluation.positions(version.model.classes, classes)
-    probabilities = np.zeros((len(items), len(classes)))
-    probabilities[:, place] = said
     named = place[version.model.decision.named(said)]
-    return gate.Answers(probabilities, named, size=version.size)
+    return gate.Answers(in_columns(said, version.model.classes, classes), named, size=version.size)
+
+
+def in_columns(said: Floats, own: Sequence[str], classes: Sequence[str]) -> Floats:
+    """Probabilities of a model's ``own`` classes in columns for all, float64 [n, k]; zeros for the others."""
+    probabilities = np.zeros((len(said), len(classes)))
+    probabilities[:, evaluation.positions(own, classes)] = said
+    return probabilities
 
 
 def _seconds(asked: Sequence[Version], items: Sequence[Item]) -> list[float]:
