@@ -14,8 +14,9 @@ import pytest
 from headstart import monitoring
 from headstart.calibration import Decision
 from headstart.drift import Side, detect
+from headstart.metrics import METRICS, intervals
 from headstart.models import Model, Version
-from headstart.monitoring import Rows
+from headstart.monitoring import Monitored, Rows
 from tests import cached, examples
 from tests.conftest import Project, clone
 
@@ -129,6 +130,52 @@ def test_rows_of_a_class_that_the_champion_does_not_know_are_its_mistakes(tmp_pa
     known = sides(["a", "b"] * 40 + ["a"] * 60 + [""] * 10, tmp_path)[1]  # it says the same of these
     (labels,) = (test for test in detect(known, recent, ["a", "b"]).shown)
     assert (labels.name, labels.known) == ("right answers", 1)
+
+
+def fallen(promised: dict[str, Any], measured: dict[str, Any]) -> list[str]:
+    """Of these figures."""
+    unused = cast(Any, None)
+    return Monitored("small", "1", "here", [], unused, unused, unused, unused, 0, promised, measured).fallen
+
+
+def grouped(groups: int, chance: np.random.Generator, shift: float = 0.0) -> dict[str, Any]:
+    """Figures of a model of two classes on rows in groups, some of which are harder than others."""
+    of = np.repeat(np.arange(groups), 10)
+    truth = chance.integers(0, 2, len(of))
+    sure = 1.5 - shift + chance.normal(size=groups)[of] + chance.normal(size=len(of))
+    p = 1 / (1 + np.exp(-np.where(truth == 1, sure, -sure)))
+    return intervals(truth, np.stack([1 - p, p], axis=1), of, resamples=200)
+
+
+def test_luck_of_a_few_test_groups_is_rarely_taken_for_a_fall() -> None:
+    """Nothing has changed. Taken as exact, figures of nine groups told of a fall every fourth time."""
+    chance = np.random.default_rng(0)
+    found = [fallen(grouped(9, chance), grouped(40, chance)) for _ in range(200)]
+    assert max(sum(metric in each for each in found) for metric in METRICS) <= 25
+
+
+def test_a_champion_that_has_become_worse_is_called_so() -> None:
+    chance = np.random.default_rng(0)
+    found = [fallen(grouped(40, chance), grouped(40, chance, shift=1.0)) for _ in range(20)]
+    assert sum({"accuracy", "log_loss"} <= set(each) for each in found) >= 18
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("accuracy", 1), ("auroc", 1), ("log_loss", -1), ("ece", -1)])
+def test_a_fall_has_to_surpass_what_both_figures_leave_open(metric: str, sign: int) -> None:
+    def figure(value: float, worse: float, better: float) -> dict[str, Any]:
+        """With an interval that reaches so far to either side."""
+        low, high = (worse, better) if sign > 0 else (better, worse)
+        return {metric: {"value": value, "low": value - low, "high": value + high}}
+
+    test = figure(0.5, worse=0.03, better=9)  # what lies away from the other figure says nothing
+    for fall, shown in ((0.049, []), (0.051, [metric]), (-0.2, [])):  # sides of 0.03 and 0.04, and so 0.05
+        assert fallen(test, figure(0.5 - sign * fall, worse=9, better=0.04)) == shown
+    recent = figure(0.3 if sign > 0 else 0.7, worse=9, better=0.04)
+    assert fallen(test, recent) == [metric]
+    none = {"low": None, "high": None}  # as of a single group
+    assert fallen({metric: test[metric] | none}, recent) == []
+    assert fallen(test, {metric: recent[metric] | none}) == []
+    assert fallen({}, recent) == []
 
 
 def test_a_batch_that_has_drifted_is_reported_logged_and_told_to_prefect(

@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import hypot
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,14 +84,23 @@ class Monitored:
 
     @property
     def fallen(self) -> list[str]:
-        """Metrics whose interval on the recent rows lies wholly on the worse side of the test figure."""
+        """Metrics that are shown to be worse on the recent rows than on the test rows.
+
+        Neither figure is known exactly. The errors of two independent ones add up as squares, each of them
+        the distance to that end of its interval which lies towards the other figure (Zou & Donner 2008,
+        Construction of confidence limits about effect measures). Without both intervals nothing is shown.
+        """
         found = []
         for metric, recent in self.measured.items():
-            test = self.promised.get(metric, {}).get("value")
-            low, high = recent["low"], recent["high"]
-            if test is None or low is None or high is None:
+            lower = metric in LOWER_IS_BETTER
+            towards_recent, towards_test = ("high", "low") if lower else ("low", "high")
+            test = self.promised.get(metric, {})
+            before, before_end = test.get("value"), test.get(towards_recent)
+            after, after_end = recent["value"], recent[towards_test]
+            if before is None or before_end is None or after is None or after_end is None:
                 continue
-            if low > test if metric in LOWER_IS_BETTER else high < test:
+            fall = after - before if lower else before - after
+            if fall > hypot(before - before_end, after - after_end):
                 found.append(metric)
         return found
 
