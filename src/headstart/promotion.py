@@ -4,7 +4,8 @@ Goes in: decisions, made by the gate or by a person. Comes out: aliases in the r
 on its versions. Never judges a model, and never touches its files.
 
 Four aliases lead to versions. ``candidate``: what was registered last, anew or again. ``challenger``: the
-latest that was fit for use but not shown to be better. ``champion``: the one to use. ``previous``: where ``rollback`` leads.
+latest that was fit for use but not shown to be better. ``champion``: the one to use. ``previous``: where
+``rollback`` leads.
 
 A change writes several tags and aliases, and the registry writes each on its own. So that a process which
 is killed leaves nothing half done, the whole change is first written down as one tag of the model, the
