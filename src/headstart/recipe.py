@@ -134,7 +134,7 @@ class Fetch(Block):
     backbone: str = Field(pattern=rf"^({'|'.join(get_args(Library))}):.+$")
     """Library and architecture, such as ``timm:tf_efficientnet_lite0``."""
     source: str
-    """URI of the weights: ``pip:``, ``hf:``, ``torchvision:``, ``https:``, ``file:``, or of a store that fsspec
+    """URI of the weights: ``pip:``, ``hf:``, ``torchvision:``, ``https:``, ``file:``, or any that fsspec
     knows."""
     sha256: str | None = Sha256
     """Digest of the downloaded file."""
