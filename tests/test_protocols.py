@@ -85,11 +85,39 @@ def test_the_same_seed_gives_the_same_table(tmp_path: Path) -> None:
 
 
 def test_the_interval_allows_for_folds_that_share_training_rows() -> None:
-    rows = pd.DataFrame({m: [0.7, 0.8, 0.9, 0.8] for m in METRICS} | {"folds": 4})
+    rows = pd.DataFrame({m: [0.7, 0.8, 0.9, 0.8] for m in METRICS} | {"folds": 4, "held_out": range(4)})
     line = summarise(rows).loc["accuracy"]
     std = np.std([0.7, 0.8, 0.9, 0.8], ddof=1)
     reach = 3.182446 * std * sqrt(1 / 4 + 1 / 3)
     assert line.tolist() == pytest.approx([0.8, std, 0.8 - reach, 0.8 + reach])
+
+
+def test_seeds_that_deal_the_same_folds_do_not_narrow_the_interval(tmp_path: Path) -> None:
+    sizes = np.arange(2, 26)  # no two groups of one size: the seed has nothing to decide
+    table = cached.manifest(int(sizes.sum()))
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    layout = cached.write(tmp_path, table.assign(group=[f"group-{g}" for g in group]))
+    once, thrice = (cross_validate(QUICK, layout, 4, seeds) for seeds in (1, 3))
+    assert thrice["held_out"].tolist() == 3 * [0, 1, 2, 3]
+    pd.testing.assert_frame_equal(summarise(thrice), summarise(once))
+    note = "only 4 of 12 folds differ and a repeated one counts once"
+    assert note in format_table(thrice)
+    assert max(len(line) for line in format_table(thrice).splitlines()) <= 110
+    assert "differ" not in format_table(once)
+
+
+def test_seeds_that_deal_other_folds_count_in_full(tmp_path: Path) -> None:
+    rows = cross_validate(QUICK, cached.write(tmp_path), 3, 2)  # groups of one size
+    assert rows["held_out"].tolist() == list(range(6))
+    assert summarise(rows).loc["accuracy", "mean"] == pytest.approx(rows["accuracy"].mean())
+    assert "differ" not in format_table(rows)
+
+
+def test_the_scores_of_a_repeated_fold_are_averaged_whatever_its_number() -> None:
+    score = {m: [0.6, 0.8, 0.9, 0.7] for m in METRICS}
+    rows = pd.DataFrame(score | {"folds": 2, "held_out": [0, 1, 1, 0]})
+    each = pd.DataFrame({m: [0.65, 0.85] for m in METRICS} | {"folds": 2, "held_out": [0, 1]})
+    pd.testing.assert_frame_equal(summarise(rows), summarise(each))
 
 
 def test_the_table_names_its_protocol_and_marks_the_one_that_leaks(tmp_path: Path) -> None:

@@ -41,14 +41,16 @@ def cross_validate(
         recipe: its ``train`` block says how to build the model.
         layout: where manifest and features lie.
         folds: number of folds, at least 2.
-        seeds: repetitions, each with folds of its own.
+        seeds: repetitions, each with folds of its own where the groups leave a choice: the largest are dealt
+            first, and the seed decides between groups of one size only.
         random_folds: let folds cut through groups. Near-copies of test rows are then trained on, and the
             scores are too high: for comparison with the literature only.
 
     Returns:
         One line per seed and fold: ``seed``, ``fold``, ``folds`` (their number), ``kind`` (``group-safe`` or
-        ``random``), ``rows``, ``groups``, ``chosen`` (what the inner validation rows chose),
-        then every metric of ``headstart.metrics``.
+        ``random``), ``held_out`` (a number of its own for each set of held-out rows: lines with the same one
+        repeat a fold), ``rows``, ``groups``, ``chosen`` (what the inner validation rows chose), then every
+        metric of ``headstart.metrics``.
 
     Raises:
         HeadstartError: fewer groups (or rows) of a class than folds, or so few that none is left to learn
@@ -70,6 +72,7 @@ def cross_validate(
     }
     for fitted, _, _ in dealt.values():  # of all folds, before hours go into the first
         _learnable(examples, fitted, folds, random_folds)
+    numbers: dict[bytes, int] = {}  # of the different folds, whichever seed has dealt them
     lines = []
     for (seed, fold), (fitted, choosing, held_out) in bar(
         dealt.items(), desc="cross-validating", unit=" folds"
@@ -87,6 +90,7 @@ def cross_validate(
                 "fold": fold,
                 "folds": folds,
                 "kind": "random" if random_folds else "group-safe",
+                "held_out": numbers.setdefault(held_out.tobytes(), len(numbers)),
                 "rows": len(held_out),
                 "groups": examples.manifest["group"].iloc[held_out].nunique(),
                 "chosen": model.chosen,
@@ -198,12 +202,14 @@ def summarise(rows: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     Folds share training rows, so their scores vary less than the mean does. The variance of the mean is
     therefore (1/J + test/train) s^2 over J fold scores, not s^2 / J (Nadeau & Bengio 2003; for repeated
     cross-validation: Bouckaert & Frank 2004). More seeds steady the mean; they cannot make the data more.
+
+    A fold that several seeds have dealt says nothing new: it counts once, with the mean of its scores.
     """
     from scipy.special import stdtrit
 
-    values = rows[list(METRICS)]
+    values = rows.groupby("held_out")[list(METRICS)].mean()
     ratio = 1 / (int(rows["folds"].iloc[0]) - 1)
-    reach = float(stdtrit(len(rows) - 1, (1 + confidence) / 2)) * sqrt(1 / len(rows) + ratio)
+    reach = float(stdtrit(len(values) - 1, (1 + confidence) / 2)) * sqrt(1 / len(values) + ratio)
     mean, std = values.mean(), values.std(ddof=1)
     return pd.DataFrame({"mean": mean, "std": std, "low": mean - reach * std, "high": mean + reach * std})
 
@@ -214,12 +220,17 @@ def format_table(rows: pd.DataFrame, confidence: float = 0.95) -> str:
     title = (
         f"{folds} {kind} folds, {seeds} seed{'s' if seeds > 1 else ''}, {rows['rows'].sum() // seeds:,} rows"
     )
-    shown = rows.drop(columns=["folds", "kind"])
+    shown = rows.drop(columns=["folds", "kind", "held_out"])
     each = shown.to_string(index=False, formatters=dict.fromkeys(METRICS, "{:.3f}".format))
     means = summarise(rows, confidence).to_string(float_format="{:.3f}".format)
     notes = [
         f"low, high: {confidence:.0%} interval of the mean, corrected for folds that share training rows"
     ]
+    if (different := rows["held_out"].nunique()) < len(rows):
+        notes.append(
+            f"only {different} of {len(rows)} folds differ and a repeated one counts once: "
+            "groups of different sizes leave little choice"
+        )
     if kind == "random":
         notes.append("random folds leak between rows of one group: for comparison with the literature only")
     return "\n".join([title, "", each, "", means, "", *notes])
