@@ -227,24 +227,33 @@ def test_views_count_where_rows_are_judged_and_not_where_they_are_learned_from(e
     assert margins[2] == pytest.approx((margins[0] + margins[1]) / 2, abs=1e-4)
 
 
-@pytest.mark.parametrize("groups", [2, len(tuning.VAL)])
+@pytest.mark.parametrize(
+    ("epochs", "groups", "mistakes", "kept"),
+    [
+        (2, 16, 5, 1),  # of sixteen groups all five are missing in a quarter of a per cent of the resamples
+        (2, 16, 3, 2),  # all three in four per cent
+        (2, 8, 4, 2),  # two groups of eight in a tenth
+        (2, 1, 16, 2),  # never, but one group says nothing about others
+        (2, 4, 16, 2),  # nor do four: each is better by luck in half of all cases
+        (1, 16, 4, 0),  # one per cent: enough for the only epoch that could have been chosen
+        (6, 16, 4, 6),  # and not for the best of six
+    ],
+)
 def test_the_last_epoch_is_kept_unless_another_is_surely_better(
-    efficientnet: Path, monkeypatch: pytest.MonkeyPatch, groups: int
+    efficientnet: Path, monkeypatch: pytest.MonkeyPatch, *, epochs: int, groups: int, mistakes: int, kept: int
 ) -> None:
-    run = tuning.case(efficientnet, Train(method="fine_tune", batch=8, epochs=2, choose_by="accuracy"))
+    run = tuning.case(efficientnet, Train(method="fine_tune", batch=8, epochs=epochs, choose_by="accuracy"))
     place = np.zeros(tuning.ROWS, int)
     place[tuning.VAL] = np.arange(len(tuning.VAL)) * groups // len(tuning.VAL)
     run.labels = dataclasses.replace(run.labels, groups=place.tolist())
-    # Epoch 1 has all rows right; the last has four wrong, all of one group where there are two.
+    # The last epoch but one has all rows right, every other the same rows wrong.
     truth = run.labels.truth[tuning.VAL]
     wrong = truth.copy()
-    wrong[:4] = 1 - wrong[:4]
-    said = [np.eye(2)[wrong], np.eye(2)[truth], np.eye(2)[wrong], np.eye(2)[truth], np.eye(2)[wrong]]
+    wrong[:mistakes] = 1 - wrong[:mistakes]
+    right, worse = np.eye(2)[truth], np.eye(2)[wrong]
+    said = [*[worse] * (epochs - 1), right, worse, right, worse]  # the last two to compare them
     monkeypatch.setattr(run, "probabilities", lambda rows: said.pop(0))
-    kept = run.run().chosen
-    # One of two groups is missing in a quarter of the resamples, four of sixteen rows in a hundredth.
-    assert kept == (2 if groups == 2 else 1)
-    assert not said
+    assert run.run().chosen == kept
 
 
 def test_patience_ends_the_run(efficientnet: Path) -> None:

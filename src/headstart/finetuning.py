@@ -31,7 +31,7 @@ from headstart import activations, alignment, augmentation, devices, environment
 from headstart.activations import SWEEP, Activations
 from headstart.errors import HeadstartError
 from headstart.heads import Singles
-from headstart.metrics import LOWER_IS_BETTER, Floats, Ints, gains, scores
+from headstart.metrics import LOWER_IS_BETTER, Floats, Ints, fewest_groups, gains, levels, scores
 from headstart.progress import bar
 from headstart.recipe import Train
 
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from headstart.packs import Pack, Rows
 
 SECONDS_BETWEEN = 60.0  # checkpoints at least
-RESAMPLES, SURE = 200, 0.95  # of the validation groups, and the share of them that a better epoch wins
+RESAMPLES = 1000  # of the validation groups
+SURE = 0.95  # that an earlier epoch is better than the last, if it is to be kept
 SHARE_OF_TIME = 0.05  # that checkpoints may take
 NAMED_WEIGHT = 0.3  # of the classes that rows are given by their centres; that of Liang et al. 2020
 TOKENS_DROPPED = 0.15  # of a text that is changed much
@@ -537,22 +538,37 @@ class Tuning:
 
         A few groups of validation rows choose badly among epochs that are much alike. In the last one the
         rates have come down, and it is the same however the validation rows were drawn.
+
+        Of many epochs that are equally good one is better by luck: the risk of keeping it is divided among
+        those that could have been chosen (Bonferroni), and the share of resamples that it has to win is
+        moved outwards for few groups (see ``metrics.levels``).
         """
         wanted, last = self.choices.choose_by, int(self.history.epochs[-1]["epoch"])
         if wanted == "last" or self.history.chosen == last or self.choices.patience:
             return
+        truth, groups = self.labels.truth[self.val_rows], np.asarray(self.labels.groups)[self.val_rows]
+        sure = 1 - (1 - SURE) / (len(self.history.epochs) - 1)
+        count, fewest = len(np.unique(groups)), fewest_groups(sure)
         judged = {name: value.clone() for name, value in (self.mean or self.changing).items()}
+        if count < fewest:
+            self._say(
+                "%d groups of validation rows cannot show that epoch %d is better than %d: that takes %d",
+                *(count, self.history.chosen, last, fewest),
+            )
+            self.history.chosen, self.best = last, judged
+            return
         self._load(self.best)
         chosen = self.probabilities(self.val_rows)
         self._load(judged)
         final = self.probabilities(self.val_rows)
-        truth, groups = self.labels.truth[self.val_rows], np.asarray(self.labels.groups)[self.val_rows]
         gained = gains(truth, chosen, final, groups, wanted=[wanted], resamples=RESAMPLES)[wanted]
         won = gained < 0 if wanted in LOWER_IS_BETTER else gained > 0
         share = float(won.mean())
-        if share < SURE:
+        least = 1 - levels(2 * sure - 1, count)[0]  # one-sided
+        if share < least:
             self._say(
-                "epoch %d is better than %d in %.0f%% of resamples", self.history.chosen, last, 100 * share
+                "epoch %d is better than %d in %.1f%% of resamples, less than %.1f%%",
+                *(self.history.chosen, last, 100 * share, 100 * least),
             )
             self.history.chosen, self.best = last, judged
 

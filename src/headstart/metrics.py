@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import sqrt
+from math import ceil, log2, sqrt
 from typing import Any
 
 import numpy as np
@@ -329,6 +329,15 @@ def levels(confidence: float, groups: int) -> list[float]:
     tail = (1 - confidence) / 2
     low = float(ndtr(sqrt(groups / (groups - 1)) * stdtrit(groups - 1, tail)))
     return [low, 1 - low]
+
+
+def fewest_groups(confidence: float) -> int:
+    """Groups without which nothing can be shown with this one-sided confidence.
+
+    No resample is worse than the worst group alone, and that one too is better by luck once in 2 to the power
+    of their number, if there is nothing to show.
+    """
+    return ceil(-log2(1 - confidence))
 
 
 def _known(value: float) -> float | None:
