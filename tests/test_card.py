@@ -254,7 +254,17 @@ def test_names_from_the_data_are_neither_markdown_nor_html(tmp_path: Path) -> No
 
 def test_a_model_that_is_not_shown_to_be_better_than_the_commonest_class_says_so(tmp_path: Path) -> None:
     poor = METRICS_FOUND | {"test": measured(0.62, 200, 100)}
-    assert "not shown to be better" in card(recipe(), tree(tmp_path), poor)
+    said = card(recipe(), tree(tmp_path), poor)
+    assert "not shown to be better than always naming the commonest class." in said
+
+
+@pytest.mark.parametrize(("groups", "shown"), [(2, False), (5, False), (6, True)])
+def test_a_handful_of_groups_does_not_show_that_a_model_is_better(
+    groups: int, shown: bool, tmp_path: Path
+) -> None:
+    said = card(recipe(), tree(tmp_path), METRICS_FOUND | {"test": measured(0.9, 200, groups)})
+    assert ("commonest class: fewer than 6 groups of test rows cannot show it" in said) != shown
+    assert ("not shown" in said) != shown
 
 
 def test_without_labels_of_the_target_no_result_is_claimed(tmp_path: Path) -> None:

@@ -126,6 +126,18 @@ def test_the_page_says_whether_the_model_beats_naming_the_commonest_class(tmp_pa
     assert "not shown to be better" in (useless.evidence / "summary.md").read_text()
 
 
+@pytest.mark.parametrize(("groups", "shown"), [(2, False), (5, False), (6, True)])
+def test_a_handful_of_groups_does_not_show_that_a_model_is_better(
+    groups: int, shown: bool, tmp_path: Path
+) -> None:
+    layout = write(tmp_path, group=[f"module {i % groups}" for i in range(400)])
+    evaluate(cached.recipe(), layout)
+    test, page = metrics(layout)["test"], (layout.evidence / "summary.md").read_text()
+    assert test["accuracy"]["low"] > test["majority"]
+    assert ("not shown to be better than" in page) != shown
+    assert ("Fewer than 6 groups of test rows cannot show" in page) != shown
+
+
 def test_the_page_warns_of_few_groups(tmp_path: Path) -> None:
     layout = write(tmp_path, group=[f"module {i % 9}" for i in range(400)])
     evaluate(cached.recipe(), layout)

@@ -154,6 +154,39 @@ def test_the_interval_of_the_calibration_error_allows_for_the_noise_in_it() -> N
     assert covered >= 88
 
 
+def test_a_few_rows_that_are_all_right_do_not_show_that_no_row_is_ever_wrong() -> None:
+    truth = np.arange(20) % 2
+    right, wrong = np.eye(2)[truth], np.eye(2)[1 - truth]
+    for metric in ("accuracy", "balanced_accuracy", "macro_f1"):
+        rows, groups, mirrored = (
+            intervals(truth, p, of, resamples=100)[metric]
+            for p, of in ((right, np.arange(20)), (right, np.arange(20) // 4), (wrong, np.arange(20)))
+        )
+        assert rows == pytest.approx({"value": 1, "low": 0.025 ** (1 / 20), "high": 1})
+        assert groups == pytest.approx({"value": 1, "low": 0.025 ** (1 / 5), "high": 1})
+        assert mirrored == pytest.approx({"value": 0, "low": 0, "high": 1 - 0.025 ** (1 / 20)})
+    assert intervals(truth, right, np.zeros(20))["accuracy"]["low"] is None
+
+
+def test_a_class_of_few_groups_that_are_all_right_has_the_same_say_in_how_sure_one_can_be() -> None:
+    truth = np.repeat([0, 1], [18, 2])
+    found = intervals(truth, np.eye(2)[truth], np.arange(20), resamples=100)
+    assert found["accuracy"]["low"] == pytest.approx(0.025 ** (1 / 20))
+    assert found["balanced_accuracy"]["low"] == found["macro_f1"]["low"] == pytest.approx(0.025 ** (1 / 4))
+
+
+def test_intervals_of_a_good_model_on_few_rows_cover_the_truth_as_often() -> None:
+    """Of twenty rows, a third of the samples have all of them right."""
+    covered = 0
+    for trial in range(300):
+        right = np.random.default_rng(trial).random(20) < 0.95
+        p = np.tile([0.95, 0.05], (20, 1))
+        found = intervals((~right).astype(int), p, np.arange(20), resamples=200, seed=trial)["accuracy"]
+        assert found["low"] is not None and found["high"] is not None
+        covered += found["low"] <= 0.95 <= found["high"]
+    assert 100 * covered / 300 >= 92
+
+
 def test_rows_that_resemble_each_other_give_wider_intervals_than_independent_rows() -> None:
     chance = np.random.default_rng(0)
     right = np.repeat(chance.random(40) < 0.7, 25)  # 40 groups of 25 rows that go right or wrong together

@@ -200,10 +200,12 @@ def _limits(
     recipe: Recipe, model: dict[str, Any], metrics: dict[str, Any], found: dict[str, Any], blind: bool
 ) -> list[str]:
     test, domains = metrics["test"], metrics["test_by_domain"]
-    low = test["accuracy"]["low"]
+    confidence = recipe.evaluate.confidence
     lines = []
-    if low is None or low <= test["majority"]:
-        lines.append("It is not shown to be better than always naming the commonest class.")
+    if not evaluation.beats_the_commonest(test, confidence):
+        fewest = evaluation.fewest_to_show(confidence)
+        why = f": fewer than {fewest} groups of test rows cannot show it" if test["groups"] < fewest else ""
+        lines.append(f"It is not shown to be better than always naming the commonest class{why}.")
     if few := [
         name for name, m in {"the test rows": test, **domains}.items() if m["groups"] < evaluation.FEW_GROUPS
     ]:

@@ -26,6 +26,7 @@ from headstart.metrics import (
     calibration_bins,
     confusions,
     curve,
+    fewest_groups,
     intervals,
 )
 from headstart.recipe import Evaluate, Recipe
@@ -88,6 +89,24 @@ def evaluate(recipe: Recipe, layout: Layout) -> None:
         measured_accuracy = None if blind else metrics["test"]["accuracy"]["value"]
         summary = _summary(recipe, metrics, classes, counts, blind) + _adaptation(model, measured_accuracy)
         (folder / "summary.md").write_text(summary, encoding="utf-8")
+
+
+def beats_the_commonest(measured: dict[str, Any], confidence: float) -> bool:
+    """Whether the accuracy is shown to be above that of always naming the commonest class.
+
+    Args:
+        measured: metrics of some rows, such as ``test`` in ``metrics.json``.
+        confidence: that of the intervals. Of fewer groups than ``fewest_to_show`` they are no proof, wherever
+            they lie.
+    """
+    low = measured["accuracy"]["low"]
+    enough = measured["groups"] >= fewest_to_show(confidence)
+    return enough and low is not None and low > measured["majority"]
+
+
+def fewest_to_show(confidence: float) -> int:
+    """Groups without which no low end of an interval of this confidence shows anything."""
+    return fewest_groups((1 + confidence) / 2)
 
 
 def headline(metrics: dict[str, Any]) -> str:
@@ -232,8 +251,8 @@ def _summary(recipe: Recipe, metrics: dict[str, Any], classes: list[str], counts
     test, val = metrics["test"], metrics["val"]
     share = f"{recipe.evaluate.confidence:.0%}"
     gap = test["accuracy"]["value"] - test["majority"]
-    low = test["accuracy"]["low"]
-    shown = "better" if low is not None and low > test["majority"] else "not shown to be better"
+    better = beats_the_commonest(test, recipe.evaluate.confidence)
+    shown = "better" if better else "not shown to be better"
     lines = [
         f"# {recipe.name}: evidence",
         "",
@@ -278,6 +297,11 @@ def _summary(recipe: Recipe, metrics: dict[str, Any], classes: list[str], counts
     ]
     if len(classes) > MOST_RANKED:
         lines.append(f"- AUROC of more than {MOST_RANKED} classes is given without an interval.")
+    if test["groups"] < (fewest := fewest_to_show(recipe.evaluate.confidence)):
+        lines.append(
+            f"- Fewer than {fewest} groups of test rows cannot show that a model is better, wherever its "
+            "interval lies."
+        )
     if few := [name for name, m in _measured(metrics) if m["groups"] < FEW_GROUPS]:
         lines.append(
             f"- Fewer than {FEW_GROUPS} groups: {', '.join(few)}. Their intervals are rough; more groups, "

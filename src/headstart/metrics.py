@@ -22,6 +22,7 @@ Ints = NDArray[np.int64]
 
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "log_loss", "ece")
 LOWER_IS_BETTER = frozenset({"log_loss", "ece"})
+SHARES = ("accuracy", "balanced_accuracy", "macro_f1")  # 1 where all rows are named rightly, 0 where none is
 MOST_RANKED = 50  # classes of which AUROC is resampled: of 1,000, a thousand resamples would take hours
 BINS = 15
 # scikit-learn's bound: a probability of 0 costs 36 nats rather than infinity.
@@ -88,6 +89,12 @@ def intervals(
     A resample that lacks a class scores the classes that it has; where AUROC is undefined in a resample,
     that resample says nothing about AUROC.
 
+    Where every row is named rightly, so is every resample, which does not mean that no other row will be
+    wrong. The low end of ``SHARES`` is then the exact bound (Clopper & Pearson 1934) of the share of groups
+    that are named rightly throughout; and the high end likewise where every row is named wrongly. Where all
+    classes have the same say, groups count as if each class had as many as the one with the fewest. AUROC of
+    a perfect ranking is no share of groups, and keeps the bounds that the resamples give.
+
     The calibration error is an absolute value, so noise only ever raises it, in the sample above the
     truth as much as in a resample above the sample. Its interval is therefore reflected about the value
     (the basic bootstrap, Davison & Hinkley 1997, section 5.2), and cut at 0.
@@ -123,6 +130,11 @@ def intervals(
         for metric, column in zip(map(METRICS.index, wanted), drawn.T, strict=True):
             if (known := column[np.isfinite(column)]).size and np.isfinite(values[metric]):
                 bounds[:, metric] = np.quantile(known, levels(confidence, count))
+        if prepared.hits.all() or not prepared.hits.any():
+            for share in SHARES:
+                each = count if share == "accuracy" else _evenly(truth, groups)
+                least = ((1 - confidence) / 2) ** (1 / each)
+                bounds[:, METRICS.index(share)] = (least, 1) if prepared.hits.all() else (0, 1 - least)
         ece = METRICS.index("ece")
         bounds[:, ece] = np.maximum(2 * values[ece] - bounds[::-1, ece], 0)
     return {
@@ -338,6 +350,13 @@ def fewest_groups(confidence: float) -> int:
     of their number, if there is nothing to show.
     """
     return ceil(-log2(1 - confidence))
+
+
+def _evenly(truth: Ints, groups: NDArray[Any]) -> int:
+    """Number of groups, but no more than if each class were in as few as the class that is in the fewest."""
+    pairs = np.unique(np.stack([truth, np.unique(groups, return_inverse=True)[1]]), axis=1)
+    held = np.unique(pairs[0], return_counts=True)[1]
+    return min(len(np.unique(groups)), int(len(held) * held.min()))
 
 
 def _known(value: float) -> float | None:
