@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from headstart import gate, metrics, trials
-from headstart.gate import Answers, Judged, Verdict, fewest_groups, judge, mcnemar
+from headstart.gate import Answers, Judged, Verdict, judge, mcnemar
+from headstart.metrics import fewest_groups
 from headstart.recipe import Promote
 
 CLASSES = ["intact", "defect"]

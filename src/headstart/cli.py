@@ -165,7 +165,7 @@ def stage(
 def evaluate_protocol(
     recipe: RecipePath,
     folds: Annotated[int, typer.Option(min=2, help="Folds of the cross-validation.")] = 5,
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, each with folds of its own.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, with other folds where groups allow.")] = 1,
     random_folds: Annotated[
         bool, typer.Option("--random-folds", help="Ignore groups: leaks; only to compare with papers.")
     ] = False,
@@ -183,7 +183,7 @@ def evaluate_protocol(
 def evaluate_adaptation(
     recipe: RecipePath,
     folds: Annotated[int, typer.Option(min=2, help="Parts of each target that are held out in turn.")] = 2,
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, each with folds of its own.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, with other folds where groups allow.")] = 1,
 ) -> None:
     """Adapt from every domain to every other as if that had no labels: what it gains, what was expected."""
     from headstart import protocols

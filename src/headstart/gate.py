@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import ceil, log2
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.metrics import Floats, Ints, gains, levels, scores
+from headstart.metrics import Floats, Ints, fewest_groups, gains, levels, scores
 from headstart.recipe import Promote
 
 Figures = dict[str, float | None]
@@ -129,15 +128,6 @@ def commonest(truth: Ints, classes: int) -> Answers:
     """What a model says that knows nothing but how common each class is."""
     shares = np.bincount(truth, minlength=classes) / len(truth)
     return Answers(np.tile(shares, (len(truth), 1)), np.full(len(truth), shares.argmax(), np.int64))
-
-
-def fewest_groups(confidence: float) -> int:
-    """Groups without which nothing can be shown with this confidence.
-
-    No resample is worse than the worst group alone, and that one too is better by luck once in 2 to the power
-    of their number, if the models are equally good.
-    """
-    return ceil(-log2(1 - confidence))
 
 
 def mcnemar(wins: int, losses: int) -> float:

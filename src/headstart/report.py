@@ -111,6 +111,7 @@ def write(recipe: Recipe, layout: Layout, verdict: dict[str, Any] | None = None)
         "lower_is_better": LOWER_IS_BETTER,
         "titles": evaluation.TITLES,
         "method": METHODS[_method(said, recipe)],
+        "better": evaluation.beats_the_commonest(said.metrics["test"], recipe.evaluate.confidence),
         "tiles": _tiles(said),
         "verdict": None if verdict is None else _decision(verdict, recipe),
         "confusion": _confusion(said),
