@@ -168,6 +168,31 @@ def test_whole_groups_are_resampled_so_intervals_cover_where_rows_are_near_copie
     assert covered >= 32 > ignorant
 
 
+def test_samples_of_one_distribution_show_no_change_however_many_classes_there_are() -> None:
+    """The source's own shares are a sample too, and of ten classes one is always far off."""
+
+    def draw(shares: Any, chance: Any) -> tuple[Any, Any]:
+        truth = chance.choice(len(shares), size=300, p=shares)
+        return truth, softmax(
+            2 * (chance.normal(size=(300, len(shares))) + 2 * np.eye(len(shares))[truth]), 1
+        )
+
+    alarms, seen = 0, 0
+    for classes in (2, 5, 10):
+        for seed in range(6):
+            chance = np.random.default_rng([seed, classes])
+            alike = np.full(classes, 1 / classes)
+            other = np.where(np.arange(classes) == 0, 0.2, -0.2 / (classes - 1)) + alike
+            truth, source = draw(alike, chance)
+            same, changed = (
+                label_shift(truth, None, source, draw(shares, chance)[1], resamples=80, seed=seed).shown
+                for shares in (alike, other)
+            )
+            alarms, seen = alarms + same, seen + changed
+    assert alarms <= 2
+    assert seen >= 14
+
+
 def test_the_same_seed_gives_the_same_intervals_and_one_group_gives_none() -> None:
     chance = np.random.default_rng(0)
     truth, source = two_classes(200, 0.3, chance)

@@ -366,7 +366,8 @@ def test_what_few_groups_no_longer_show_is_not_explained_by_class_shares() -> No
 
 
 def test_a_discrepancy_that_is_shown_must_be_gone_not_only_no_longer_shown() -> None:
-    shift = LabelShift(*(np.array(shares) for shares in ([0.1, 0.9], [0.0, 0.8], [0.2, 1.0], [0.7, 0.3])))
+    shares = (np.array(share) for share in ([0.1, 0.9], [0.0, 0.8], [0.2, 1.0], [0.7, 0.3]))
+    shift = LabelShift(*shares, by_chance=0.1)
     found = replace(diagnosis(0.9), label_shift=shift, separability=Interval(0.95, 0.4, 1), mmd_p=0.005)
     rests = [shifts._rest(found, shifts._Explained(gone, 0.1)) for gone in (0.75, 0.85)]
     assert rests == [True, False]
@@ -386,7 +387,7 @@ def test_class_shares_allow_the_auroc_of_the_best_order_of_the_classes(mine: Any
 
     best = max(area(np.array(order)) for order in permutations(range(len(mine))))
     unknown = np.full(len(mine), np.nan)
-    shift = LabelShift(np.array(theirs), unknown, unknown, np.array(mine))
+    shift = LabelShift(np.array(theirs), unknown, unknown, np.array(mine), np.nan)
     assert most_separable(shift) == pytest.approx(best)
 
 

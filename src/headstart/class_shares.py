@@ -36,11 +36,16 @@ class LabelShift:
     low: Floats  # [k], lower bound of the 95 % bootstrap interval of each share
     high: Floats  # [k], upper bound; both NaN where a side has a single group
     source_prior: Floats  # [k], shares of the source rows
+    by_chance: float  # largest change of a share that chance gives in 95 % of samples; NaN as the bounds are
 
     @property
     def shown(self) -> bool:
-        """Whether some class's interval leaves out its share of the source rows; never where it is NaN."""
-        return bool(((self.source_prior < self.low) | (self.source_prior > self.high)).any())
+        """Whether the share that has changed most has changed by more than chance; never where that is NaN.
+
+        One test of the largest change, however many classes there are: with a test for each, some class
+        would change in most samples of one distribution.
+        """
+        return bool(np.abs(self.prior - self.source_prior).max() > self.by_chance)
 
 
 def calibrated(truth: Ints, source_probabilities: Floats, probabilities: Floats) -> Floats:
@@ -127,7 +132,8 @@ def label_shift(
 
     Each resample draws whole groups on both sides and does everything anew, recalibration included. A
     resample that lacks a class on the source side says nothing. Percentiles are expanded for few groups
-    (Hesterberg 2015).
+    (Hesterberg 2015). The source's own shares are an estimate too, so what chance does is read off the change
+    from them within each resample.
 
     The shares, and the intervals with them, suppose that a class looks the same on both sides. Where
     features have moved within a class they can be wrong by any amount; ``diagnose`` looks for that.
@@ -153,15 +159,19 @@ def label_shift(
     estimate = by(truth, mine, theirs)
     shares = shares_of(truth, mine.shape[1])
     prior = estimate(np.ones(len(mine)), np.ones(len(theirs)))
-    drawn = np.full((resamples, len(prior)), np.nan)
+    drawn, changes = np.full((2, resamples, len(prior)), np.nan)
     if min(sizes) > 1:
         chance = np.random.default_rng(seed)
         draws = (resampled(side, resamples, chance) for side in sides)
         for resample, times in enumerate(zip(*draws, strict=True)):
             if (np.bincount(truth, times[0], len(prior)) > 0).all():
                 drawn[resample] = estimate(*times)
+                changes[resample] = drawn[resample] - shares_of(truth, len(prior), times[0])
     low, high = interval_bounds(drawn, min(sizes))
-    return LabelShift(prior, low, high, shares)
+    strayed = np.abs(changes - (prior - shares)).max(axis=1)
+    # With their negatives, as a change may go either way: the interval's two tails then are one of these.
+    _, by_chance = interval_bounds(np.concatenate([-strayed, strayed])[:, None], min(sizes))
+    return LabelShift(prior, low, high, shares, float(by_chance[0]))
 
 
 def most_likely(source_prior: Floats, probabilities: Floats, shares: Floats) -> Floats:
