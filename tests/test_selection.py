@@ -36,6 +36,41 @@ def test_what_is_done_depends_on_the_shift_and_on_whether_the_head_is_lost() -> 
     assert selection.choose(head, held_out + 2, held_out, "features")[0] == "consensus"
 
 
+@pytest.mark.parametrize("classes", [3, 4])
+def test_classes_that_a_target_merely_lacks_do_not_make_a_head_lost(classes: int) -> None:
+    """Every row lies on the axis of its class; moved along one axis, all are called that class."""
+    head = Head(
+        *(np.array(a, np.float32) for a in (np.eye(classes), np.zeros(classes), np.zeros(classes), 1.0))
+    )
+    held_out = np.tile(np.eye(classes), (40, 1))
+    lacking = held_out[held_out[:, :2].any(axis=1)]
+    for kind, method in (("none", "source_only"), ("features", "self_training")):
+        found, reason = selection.choose(head, held_out, lacking, kind)
+        assert found == method
+        assert "lost" not in reason
+        moved, why = selection.choose(head, held_out, held_out + 2 * np.eye(classes)[0], kind)
+        assert moved == "information_maximisation"
+        assert "names all classes but one, taken together, 0.00 times as often" in why
+    shares = np.full(classes, 1 / classes)
+    assert selection.found_again(head, 9 * lacking, shares)[0] is head
+    assert selection.found_again(head, 9 * held_out + 20 * np.eye(classes)[0], shares)[0] is not head
+
+
+def test_too_few_rows_of_a_rare_class_do_not_make_a_head_lost() -> None:
+    """Both sides are drawn from one distribution, in which one row in twenty is of the rarer class."""
+    head = Head(*(np.array(a, np.float32) for a in ([[-1.0], [1.0]], [0.0, 0.0], [0.0], [1.0])))
+    chance = np.random.default_rng(0)
+    for size in np.linspace(60, 150, 100).astype(int):
+        here, there = (np.where(chance.random((size, 1)) < 0.05, 1.0, -1.0) for _ in range(2))
+        assert selection.choose(head, here, there, "none")[0] == "source_only"
+    few = np.array([[1.0], [-1.0]] * 8)
+    for kind, method in (("none", "source_only"), ("features", "self_training")):
+        found, reason = selection.choose(head, few, abs(few), kind)
+        assert found == method
+        assert kind == "none" or "too few to tell whether the head is lost" in reason
+    assert selection.choose(head, few, np.tile(abs(few), (2, 1)), "none")[0] == "information_maximisation"
+
+
 def test_a_head_that_is_lost_without_its_source_sees_rows_by_their_own_moments(one_thread: None) -> None:
     chance = np.random.default_rng(0)
     truth = np.arange(400) % 2

@@ -16,10 +16,13 @@ from headstart.class_shares import calibrated
 from headstart.heads import Features, Head
 from headstart.metrics import TINY, Floats, Ints
 
-# A class named less often than so many times its share on the source shows that the head is lost. Of
-# fine-tuned heads, between the largest such number of a pair that had moved, 0.02, and the smallest of
-# another, 0.58.
+# All classes but one named less often than so many times their share on the source show that the head is
+# lost. Of fine-tuned heads, between the largest such number of a pair that had moved, 0.02, and the smallest
+# of another, 0.58.
 LOST = 0.3
+# Of so many rows that should be named them, chance leaves less than ``LOST`` once in 360 times (Poisson); of
+# five, once in eight. Fewer say nothing.
+EXPECTED = 10
 # A head that tells classes apart by so many times as much as on its own rows is as sure of the target's. Of
 # 24 fine-tuned heads of texts (seeds 100 and 101), those of 0.97 and more lose up to 1.4 points by consensus.
 AS_SURE = 0.95
@@ -39,10 +42,11 @@ def choose(head: Head, held_out: Features, target: Features, kind: str) -> tuple
     Hands off where other class shares explain the shift: the head is as right about each class as it was, and
     most methods would force shares that are not there. A head that is lost in a target that has moved as a
     whole names hardly anything but one class: ``information_maximisation`` looks for the classes anew, even
-    where groups are too few for a test to show anything. A head that still names them all is left alone if no
-    shift is shown. Otherwise it is followed: closely, by ``self_training``, if it is as sure of the target's
-    rows as of its own, since there is more to lose than to find; else by ``consensus``.
-    docs/explanation/results.md has the figures.
+    where groups are too few for a test to show anything. That one class of several is missing there shows
+    nothing of the kind, and neither do rows too few to tell. Any other head is left alone if no shift is
+    shown. Otherwise it is followed: closely, by ``self_training``, if it is as sure of the target's rows as
+    of its own, since there is more to lose than to find; else by ``consensus``. docs/explanation/results.md
+    has the figures.
 
     Args:
         head: the source's.
@@ -53,14 +57,14 @@ def choose(head: Head, held_out: Features, target: Features, kind: str) -> tuple
     if kind == "labels":
         return "source_only", "other class shares explain the shift, so the classes look as they did"
     here, there = head.logits(held_out), head.logits(target)
-    kept = rarest_named(_named(here), _named(there))
-    how = f"the source's head names a class {kept:.2f} times as often as there"
+    kept = besides_one(_named(here), _named(there), len(there))
+    how = _how("the source's head names", kept, len(head.bias), "there")
     if kept < LOST:
         return "information_maximisation", f"{how}: less than {LOST}, so it is lost"
     if kind == "none":
         return "source_only", "the features are not shown to have shifted, so there is nothing to mend"
     sure = _margin(there) / max(_margin(here), TINY)
-    apart = f"{how}, and tells them apart by {sure:.2f} times as much"
+    apart = f"{how}, and it tells classes apart by {sure:.2f} times as much"
     if sure >= AS_SURE:
         return "self_training", f"{apart}: at least {AS_SURE}, so it is followed closely"
     return (
@@ -162,26 +166,53 @@ def rarest_named(here: Floats, there: Floats) -> float:
     return float(min(after / before for before, after in zip(here, there, strict=True) if before > 0))
 
 
+def besides_one(here: Floats, there: Floats, rows: int) -> float:
+    """Of the shares in which all classes but one are named here, the least factor that is left of one there.
+
+    Little is left where hardly anything but that one is named. Of two classes it is ``rarest_named``; of more
+    it is not, as a class may be missing from the target without any harm to the others.
+
+    Args:
+        here: share of each class [k].
+        there: likewise.
+        rows: the number that ``there`` are shares of.
+
+    Returns:
+        The factor; NaN if the rows are too few to tell.
+    """
+    before, after = 1 - here, 1 - there
+    told = before * rows >= EXPECTED
+    return float((after[told] / before[told]).min()) if told.any() else np.nan
+
+
 def found_again(head: Head, target: Features, shares: Floats) -> tuple[Head, str]:
     """A head to go on from without the source, and why: where it is lost, it sees rows by their own moments.
 
-    That is ``standardisation`` as far as it goes without a row of the source. A head that still names all
-    classes is left as it is.
+    That is ``standardisation`` as far as it goes without a row of the source. A head that still expects more
+    than one class, or has too few rows to tell, is left as it is.
 
     Args:
         head: takes rows of the source.
         target: [m, d].
         shares: of each class [k], the mean of what the head says of rows like those it learned from.
     """
-    kept = rarest_named(shares, head.probabilities(target).mean(axis=0))
-    how = f"the head expects a class {kept:.2f} times as often as where it comes from"
-    if kept >= LOST:
-        return head, f"{how}: at least {LOST}, so it starts as it is"
+    kept = besides_one(shares, head.probabilities(target).mean(axis=0), len(target))
+    how = _how("the head expects", kept, len(shares), "where it comes from")
+    if not kept < LOST:
+        return head, f"{how}, so it starts as it is"
     own = scaling(target)
     return (
         replace(head, mean=own.mean, scale=own.scale),
         f"{how}: less than {LOST}, so it starts by their own moments",
     )
+
+
+def _how(does: str, kept: float, classes: int, where: str) -> str:
+    """What ``besides_one`` found, in words."""
+    if np.isnan(kept):
+        return "the rows are too few to tell whether the head is lost"
+    which = "a class" if classes == 2 else "all classes but one, taken together,"
+    return f"{does} {which} {kept:.2f} times as often as {where}"
 
 
 def _named(answers: Floats) -> Floats:
