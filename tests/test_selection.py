@@ -24,6 +24,7 @@ def test_what_is_done_depends_on_the_shift_and_on_whether_the_head_is_lost() -> 
         (0.8, "features", 0.5, "information_maximisation"),
         (0.8, "none", 0.5, "information_maximisation"),  # groups may be too few to show what the head shows
         (0.8, "labels", 0.5, "source_only"),
+        (0.8, "unknown", 0.5, "source_only"),  # the old shares would be forced on what may only have others
     ):
         found, reason = selection.choose(head, held_out, size * (held_out + moved), kind)
         assert found == method

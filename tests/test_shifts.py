@@ -391,6 +391,28 @@ def test_class_shares_allow_the_auroc_of_the_best_order_of_the_classes(mine: Any
     assert most_separable(shift) == pytest.approx(best)
 
 
+@pytest.mark.parametrize(
+    ("many", "change", "kind"), [(5, None, "unknown"), (20, None, "unknown"), (20, 4.0, "features")]
+)
+def test_a_class_in_a_single_source_group_leaves_open_what_has_changed(
+    many: int, change: float | None, kind: str
+) -> None:
+    """Half of the source is of that class, and nearly all of the target, which may have moved as well."""
+    chance = np.random.default_rng(1)
+    source, truth = world(0.5, chance, 400, 4.0)
+    target, _ = world(0.95, chance, 400, 4.0)
+    target[:, 1:3] += change or 0
+    group = np.arange(400) % many
+    lone = np.where(truth == 1, many, group)
+    sides = (source, truth, lone, answers(source, 4.0)), (target, group, answers(target, 4.0))
+    found = diagnose(*sides[0], *sides[1], ["cat", "dog"])
+    words = " ".join(found.words)
+    assert found.label_shift.shown
+    assert found.kind == kind
+    assert ("cannot be told, as the source has 'dog' in a single group" in words) == (kind == "unknown")
+    assert "no mixture" not in words and "nan" not in words
+
+
 def test_few_groups_are_mentioned_and_one_group_tells_nothing() -> None:
     found = diagnosis(0.3, moved_aside, groups=np.arange(400) % 12)
     assert "as few as 12 groups" in found.words[-1]

@@ -39,14 +39,14 @@ SLOW, WIDE = ("optimal_transport", "importance_weighting", "standardised_self_tr
 def choose(head: Head, held_out: Features, target: Features, kind: str) -> tuple[str, str]:
     """A method and the reason for it, without a target label.
 
-    Hands off where other class shares explain the shift: the head is as right about each class as it was, and
-    most methods would force shares that are not there. A head that is lost in a target that has moved as a
-    whole names hardly anything but one class: ``information_maximisation`` looks for the classes anew, even
-    where groups are too few for a test to show anything. That one class of several is missing there shows
-    nothing of the kind, and neither do rows too few to tell. Any other head is left alone if no shift is
-    shown. Otherwise it is followed: closely, by ``self_training``, if it is as sure of the target's rows as
-    of its own, since there is more to lose than to find; else by ``consensus``. docs/explanation/results.md
-    has the figures.
+    Hands off where other class shares explain the shift, or nobody can tell whether they do: the head is then
+    as right about each class as it was, and most methods would force shares that are not there. A head that
+    is lost in a target that has moved as a whole names hardly anything but one class:
+    ``information_maximisation`` looks for the classes anew, even where groups are too few for a test to show
+    anything. That one class of several is missing there shows nothing of the kind, and neither do rows too
+    few to tell. Any other head is left alone if no shift is shown. Otherwise it is followed: closely, by
+    ``self_training``, if it is as sure of the target's rows as of its own, since there is more to lose than
+    to find; else by ``consensus``. docs/explanation/results.md has the figures.
 
     Args:
         head: the source's.
@@ -56,6 +56,12 @@ def choose(head: Head, held_out: Features, target: Features, kind: str) -> tuple
     """
     if kind == "labels":
         return "source_only", "other class shares explain the shift, so the classes look as they did"
+    if kind == "unknown":
+        return (
+            "source_only",
+            "other class shares may be all that has changed, which cannot be told, and most ways would force "
+            "the old ones",
+        )
     here, there = head.logits(held_out), head.logits(target)
     kept = besides_one(_named(here), _named(there), len(there))
     how = _how("the source's head names", kept, len(head.bias), "there")

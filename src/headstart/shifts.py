@@ -33,8 +33,9 @@ from headstart.heads import Features, Singles, fit
 from headstart.metrics import TINY, Floats, Ints, resampled
 from headstart.splits import folds
 
-# "none": not shown by both tests. "labels": other class shares explain what they see, or nearly.
-Kind = Literal["none", "labels", "features"]
+# "none": not shown by both tests. "labels": other class shares explain what they see, or nearly. "unknown":
+# they may, but the source's groups do not let anyone see whether they do.
+Kind = Literal["none", "labels", "features", "unknown"]
 
 PENALTY = 0.1  # of the domain classifier; on 1,280 dimensions 0.01 to 1 give nearly the same AUROC
 FOLDS = 5
@@ -343,6 +344,8 @@ def diagnose(  # noqa: PLR0917  # two sides of features, groups and probabilitie
     )
     alike = _in_shares(truth, shift.prior, ALIKE_ROWS, np.random.default_rng(seed))
     drawn = sides[0][alike], sides[1]
+    if _lone(truth, sides[0], shift):
+        drawn = np.zeros_like(alike), sides[1]  # one group, of which nothing can be told
     answers = logs_of(mine), logs_of(theirs)
     by_features, by_answers = (
         _Explained.of(before, mmd(x[alike], y, drawn, seed=seed))
@@ -364,6 +367,8 @@ def diagnose(  # noqa: PLR0917  # two sides of features, groups and probabilitie
     kind: Kind = "none" if _tests(found) < 2 else "features"
     if _of_labels(found, by_features, by_answers) and not _rest(found, by_features):
         kind = "labels"
+    elif _untold(found, by_answers):
+        kind = "unknown"
     return replace(found, kind=kind, words=_words(found, by_features, by_answers, few, classes))
 
 
@@ -371,12 +376,15 @@ def diagnose(  # noqa: PLR0917  # two sides of features, groups and probabilitie
 class _Explained:
     """What becomes of a discrepancy once source rows are drawn in the class shares of the target."""
 
-    gone: float  # share of the squared discrepancy; 0 where there was none
+    gone: float  # share of the squared discrepancy; 0 where there was none, NaN if it cannot be told
     p: float  # p-value of no difference between those rows and the target
 
     @classmethod
     def of(cls, before: float, after: tuple[float, float]) -> _Explained:
-        return cls(1 - after[0] / before if before > 0 else 0.0, after[1])
+        left, p = after
+        if np.isnan(left):
+            return cls(np.nan, np.nan)
+        return cls(1 - left / before if before > 0 else 0.0, p)
 
 
 def _tests(found: Diagnosis) -> int:
@@ -387,6 +395,20 @@ def _tests(found: Diagnosis) -> int:
 def _differs(shift: LabelShift) -> bool:
     """Whether the classes have other shares, and so much that it matters."""
     return shift.shown and float(np.abs(shift.prior - shift.source_prior).sum()) / 2 >= MATTERS
+
+
+def _lone(truth: Ints, groups: Ints, shift: LabelShift) -> bool:
+    """Whether half of the target or more would be of a class that the source has in a single group.
+
+    As pairs within a group are left out, rows drawn in such shares hardly show how that class looks.
+    """
+    most = int(shift.prior.argmax())
+    return bool(shift.prior[most] >= HALF) and len(np.unique(groups[truth == most])) < 2
+
+
+def _untold(found: Diagnosis, answers: _Explained) -> bool:
+    """Whether the classes may only have other shares, but the source's groups do not let it be seen."""
+    return _differs(found.label_shift) and bool(np.isnan(answers.gone)) and not _too_far(found, answers)
 
 
 def _mixed(answers: _Explained) -> bool:
@@ -406,12 +428,24 @@ def _rest(found: Diagnosis, features: _Explained) -> bool:
     That a test no longer sees a difference is no explanation of one that was shown: where groups are few it
     soon sees nothing. Most of it must be gone.
     """
-    return _too_far(found) or (found.mmd_p <= SIGNIFICANT and features.gone < MOST)
+    return _too_far(found, features) or (found.mmd_p <= SIGNIFICANT and features.gone < MOST)
 
 
-def _too_far(found: Diagnosis) -> bool:
+def _too_far(found: Diagnosis, explained: _Explained) -> bool:
     """Whether the sides are told apart better than class shares allow, which few groups may show as well."""
-    return found.separability.low > most_separable(found.label_shift)
+    return found.separability.low > _allowed(found.label_shift, explained)
+
+
+def _allowed(shift: LabelShift, explained: _Explained) -> float:
+    """The largest AUROC between the sides that class shares allow, as ``separability`` measures it.
+
+    It compares the rows of a fold. Where the source has the target's main class in a single group, most folds
+    hold no source row of it, as if the source had none.
+    """
+    if np.isnan(explained.gone):
+        others = np.where(np.arange(len(shift.prior)) == shift.prior.argmax(), 0.0, shift.source_prior)
+        shift = replace(shift, source_prior=others / others.sum())
+    return most_separable(shift)
 
 
 def most_separable(shift: LabelShift) -> float:
@@ -421,7 +455,7 @@ def most_separable(shift: LabelShift) -> float:
     that knows the class. That one ranks classes by how much more common they are in the target; of two
     classes, it has (1 + the change of a share) / 2.
     """
-    order = np.argsort(shift.prior / shift.source_prior)
+    order = np.argsort(shift.prior / np.maximum(shift.source_prior, TINY))
     mine, theirs = shift.source_prior[order], shift.prior[order]
     return float(theirs @ (np.cumsum(mine) - mine / 2))
 
@@ -454,7 +488,6 @@ def _words(
     if few < 2:
         words = ["Whether the features have shifted cannot be told: one side is a single group."]
 
-    differs, mixed = _differs(shift), _mixed(answers)
     if _of_labels(found, features, answers):
         words.append(
             f"It looks like label shift: {share}; source rows drawn in the estimated shares get the same "
@@ -467,8 +500,9 @@ def _words(
             )
         if features.p <= SIGNIFICANT or _rest(found, features):
             rest = (
-                f"by them alone the sides could be told apart with AUROC {most_separable(shift):.2f} at most"
-                if _too_far(found)
+                "by them alone the sides could be told apart with AUROC "
+                f"{_allowed(shift, features):.2f} at most"
+                if _too_far(found, features)
                 else f"{1 - features.gone:.0%} of the squared discrepancy is left"
             )
             words.append(
@@ -479,6 +513,13 @@ def _words(
                 "The features fit it too; standardising the target by its own moments would hide the "
                 "change in shares, not repair anything."
             )
+    elif _untold(found, answers):
+        lone = classes[int(shift.prior.argmax())]
+        words.append(
+            f"Taken at face value the answers put {share}. Whether it is that, or the features have moved "
+            f"within the classes, cannot be told, as the source has {lone!r} in a single group: more groups of "
+            "it would tell, or some 30 labelled rows of the target."
+        )
     else:
         if not np.isnan(found.location):
             kind = LOCATIONS[int(found.location > 1 / 3) + int(found.location > 2 / 3)]
@@ -486,15 +527,10 @@ def _words(
                 f"Standardising each side by its own mean and deviation removes {found.location:.0%} of the "
                 f"squared distance: {kind}."
             )
-        why = (
-            f"{min(1 - features.gone, 1):.0%} of the features' squared discrepancy is left when source rows "
-            "are drawn so: the classes themselves look different"
-            if mixed
-            else "no mixture of the source's classes gives such answers"
-        )
         words.append(
-            f"Taken at face value the answers put {share}, but {why}, so do not trust that share."
-            if differs
+            f"Taken at face value the answers put {share}, but {_doubt(found, features, answers)}, so do not "
+            "trust that share."
+            if _differs(shift)
             else f"No change in class shares that matters is shown: the largest is {share}."
         )
         if tests:
@@ -508,6 +544,19 @@ def _words(
     if 1 < few < FEW_GROUPS:
         words.append(f"All this rests on as few as {few} groups a side, so the intervals are rough.")
     return words
+
+
+def _doubt(found: Diagnosis, features: _Explained, answers: _Explained) -> str:
+    """Why shares that differ are not to be trusted."""
+    if np.isnan(answers.gone):
+        allowed = _allowed(found.label_shift, answers)
+        return f"by class shares alone the sides could be told apart with AUROC {allowed:.2f} at most"
+    if _mixed(answers):
+        return (
+            f"{min(1 - features.gone, 1):.0%} of the features' squared discrepancy is left when source rows "
+            "are drawn so: the classes themselves look different"
+        )
+    return "no mixture of the source's classes gives such answers"
 
 
 def _share(shift: LabelShift, place: int, few: int) -> str:
