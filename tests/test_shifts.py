@@ -447,6 +447,16 @@ def test_three_groups_a_side_explain_nothing_by_a_test_that_can_show_nothing(cha
     assert "too few" not in " ".join(diagnosis(0.9, change, groups=np.arange(400) % 12).words)
 
 
+@pytest.mark.parametrize(
+    ("mine", "theirs", "shown"),
+    [(3, 3, False), (3, 4, False), (2, 8, True), (4, 4, True), (9000, 9000, True)],
+)
+def test_a_test_can_show_something_if_groups_can_be_dealt_in_forty_ways(
+    mine: int, theirs: int, shown: bool
+) -> None:
+    assert shifts._can_show(np.arange(mine), np.arange(theirs)) == shown
+
+
 def test_few_groups_are_mentioned_and_one_group_tells_nothing() -> None:
     found = diagnosis(0.3, moved_aside, groups=np.arange(400) % 12)
     assert "as few as 12 groups" in found.words[-1]

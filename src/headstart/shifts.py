@@ -396,7 +396,7 @@ def _can_show(mine: Ints, theirs: Ints) -> bool:
     side, 20 deals, can show none: that nothing is shown then explains nothing.
     """
     few, others = len(np.unique(mine)), len(np.unique(theirs))
-    return comb(few + others, few) * SIGNIFICANT >= 2
+    return comb(few + others, few) >= 2 / SIGNIFICANT  # of thousands of groups no float holds the number
 
 
 def _tests(found: Diagnosis) -> int:
@@ -435,7 +435,7 @@ def _of_labels(found: Diagnosis, features: _Explained, answers: _Explained) -> b
 
 
 def _fit(features: _Explained) -> bool:
-    """Whether the features, too, are as class shares would have them: most is gone, or a test sees none."""
+    """Whether the features, too, are as class shares would have them: most is gone or no rest is seen."""
     return features.p > SIGNIFICANT or features.gone >= MOST
 
 
