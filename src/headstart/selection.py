@@ -168,7 +168,10 @@ def judged(
 
 
 def rarest_named(here: Floats, there: Floats) -> float:
-    """Of the shares in which classes are named here [k], the least factor that is left of one there [k]."""
+    """Of the shares in which classes are named here [k], the least factor that is left of one there [k].
+
+    A figure to compare ways by. Whether a head is lost is for ``besides_one`` to tell.
+    """
     return float(min(after / before for before, after in zip(here, there, strict=True) if before > 0))
 
 
