@@ -75,10 +75,9 @@ def ranked(seed: int, few: int, metric: str) -> Verdict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("few", [1, 2, 5])
-def test_luck_is_as_rare_where_few_groups_hold_a_class(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_luck_is_as_rare_where_few_groups_hold_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "RESAMPLES", 400)
-    assert sum(ranked(seed, few, "auroc").promoted for seed in range(200)) <= 10
+    assert sum(ranked(seed, 5, "auroc").promoted for seed in range(200)) <= 10
 
 
 @pytest.mark.parametrize("metric", ["balanced_accuracy", "macro_f1", "auroc"])

@@ -84,6 +84,10 @@ def test_files_are_compared_and_rows_like_the_known_ones_are_no_drift(ran: Proje
     lost = project("headstart", "monitor", "recipes/moods.yaml", "gone.csv")
     assert lost.returncode == 1
     assert "no file matches" in lost.stderr
+    pd.read_csv(project.root / "alike.csv").assign(mood="1").to_csv(project.root / "coded.csv", index=False)
+    coded = project("headstart", "monitor", "recipes/moods.yaml", "coded.csv")
+    assert coded.returncode == 1
+    assert "no label in the column mood is a class that moods knows" in coded.stderr
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
@@ -105,7 +109,7 @@ def test_labels_of_files_get_the_names_that_training_gives_them(
         table.to_parquet(file)
     else:
         table.to_json(file, orient="records", lines=True)
-    model = cast(Model, SimpleNamespace(modality="text"))
+    model = cast(Model, SimpleNamespace(modality="text", classes=names))
     version = Version("small", "1", "run", {}, tmp_path, model)
     assert monitoring._given(cached.recipe(), version, [str(file)], 10).labels == names
 

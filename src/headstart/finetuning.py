@@ -31,7 +31,16 @@ from headstart import activations, alignment, augmentation, devices, environment
 from headstart.activations import SWEEP, Activations
 from headstart.errors import HeadstartError
 from headstart.heads import Singles
-from headstart.metrics import LOWER_IS_BETTER, Floats, Ints, fewest_groups, gains, levels, scores
+from headstart.metrics import (
+    LOWER_IS_BETTER,
+    Floats,
+    Ints,
+    fewest_groups,
+    gains,
+    groups_by_class,
+    levels,
+    scores,
+)
 from headstart.progress import bar
 from headstart.recipe import Train
 
@@ -548,7 +557,9 @@ class Tuning:
             return
         truth, groups = self.labels.truth[self.val_rows], np.asarray(self.labels.groups)[self.val_rows]
         sure = 1 - (1 - SURE) / (len(self.history.epochs) - 1)
-        count, fewest = len(np.unique(groups)), fewest_groups(sure)
+        of_rows = wanted in {"accuracy", "log_loss"}  # the others are means over classes
+        count = len(np.unique(groups)) if of_rows else min(groups_by_class(truth, groups).values())
+        fewest = fewest_groups(sure)
         judged = {name: value.clone() for name, value in (self.mean or self.changing).items()}
         if count < fewest:
             self._say(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.metrics import Floats, Ints, fewest_groups, gains, levels, scores
+from headstart.metrics import Floats, Ints, fewest_groups, gains, groups_by_class, levels, scores
 from headstart.recipe import Promote
 
 Figures = dict[str, float | None]
@@ -206,7 +206,7 @@ def _counted(rows: Judged, metric: str) -> tuple[int, str]:
     every, whole = len(np.unique(rows.groups)), "groups of test rows"
     if metric == "accuracy":
         return every, whole
-    held = {place: len(np.unique(rows.groups[rows.truth == place])) for place in np.unique(rows.truth)}
+    held = groups_by_class(rows.truth, rows.groups)
     rarest = min(held, key=held.__getitem__)
     if held[rarest] == every:
         return every, whole

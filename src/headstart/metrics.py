@@ -90,10 +90,11 @@ def intervals(
     that resample says nothing about AUROC.
 
     Where every row is named rightly, so is every resample, which does not mean that no other row will be
-    wrong. The low end of ``SHARES`` is then the exact bound (Clopper & Pearson 1934) of the share of groups
-    that are named rightly throughout; and the high end likewise where every row is named wrongly. Where all
-    classes have the same say, groups count as if each class had as many as the one with the fewest. AUROC of
-    a perfect ranking is no share of groups, and keeps the bounds that the resamples give.
+    wrong. The low end of ``SHARES`` is then the bound (Clopper & Pearson 1934) of the share of groups that
+    are named rightly throughout, exact where groups are of one size; and the high end likewise where every
+    row is named wrongly. Where all classes have the same say, groups count as if each class had as many as
+    the one with the fewest. AUROC of a perfect ranking is no share of groups, and keeps the bounds that the
+    resamples give.
 
     The calibration error is an absolute value, so noise only ever raises it, in the sample above the
     truth as much as in a resample above the sample. Its interval is therefore reflected about the value
@@ -352,11 +353,16 @@ def fewest_groups(confidence: float) -> int:
     return ceil(-log2(1 - confidence))
 
 
+def groups_by_class(truth: Ints, groups: NDArray[Any]) -> dict[int, int]:
+    """In how many groups each class that has rows is; a mean over classes is no surer than the fewest."""
+    pairs = np.unique(np.stack([truth, np.unique(groups, return_inverse=True)[1]]), axis=1)
+    return dict(zip(*(each.tolist() for each in np.unique(pairs[0], return_counts=True)), strict=True))
+
+
 def _evenly(truth: Ints, groups: NDArray[Any]) -> int:
     """Number of groups, but no more than if each class were in as few as the class that is in the fewest."""
-    pairs = np.unique(np.stack([truth, np.unique(groups, return_inverse=True)[1]]), axis=1)
-    held = np.unique(pairs[0], return_counts=True)[1]
-    return min(len(np.unique(groups)), int(len(held) * held.min()))
+    held = groups_by_class(truth, groups)
+    return min(len(np.unique(groups)), len(held) * min(held.values()))
 
 
 def _known(value: float) -> float | None:

@@ -291,6 +291,17 @@ def _given(recipe: Recipe, version: Version, inputs: Sequence[str], most: int) -
     kept = heapq.nsmallest(most, rows(), key=lambda row: _hash(row[0]))
     if not kept:
         raise HeadstartError("there is no row to look at", where=", ".join(inputs), do="name other inputs")
+    labels = {label for *_, label in kept} - {HIDDEN}
+    if labels and labels.isdisjoint(version.model.classes):  # another spelling, or else all would be mistakes
+        raise HeadstartError(
+            f"no label in the column {columns.label} is a class that {version.name} knows",
+            where=", ".join(inputs),
+            table=[
+                f"labels: {', '.join(sorted(labels)):.100}",
+                f"classes: {', '.join(version.model.classes):.100}",
+            ],
+            do="spell the labels as the recipe's classes, or leave the column out",
+        )
     kept.sort(key=lambda row: row[0])
     return Rows([row[0] for row in kept], [row[1] for row in kept], [row[2] for row in kept])
 

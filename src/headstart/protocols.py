@@ -111,7 +111,7 @@ def adapt_each_pair(recipe: Recipe, layout: Layout, folds: int = 2, seeds: int =
         recipe: one that has all labels. ``fine_tune`` tunes the backbone on each source first.
         layout: where manifest and features lie.
         folds: of each target, at least 2.
-        seeds: repetitions, each with folds and training of its own.
+        seeds: repetitions, each with training of its own, and other folds where groups allow.
 
     Returns:
         One line per seed and pair: ``seed``, ``source``, ``target``, ``rows``, ``chosen`` (the way to adapt,

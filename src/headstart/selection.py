@@ -21,7 +21,7 @@ from headstart.metrics import TINY, Floats, Ints
 # of another, 0.58.
 LOST = 0.3
 # Of so many rows that should be named them, chance leaves less than ``LOST`` once in 360 times (Poisson); of
-# five, once in eight. Fewer say nothing.
+# five, once in 25. Fewer say nothing.
 EXPECTED = 10
 # A head that tells classes apart by so many times as much as on its own rows is as sure of the target's. Of
 # 24 fine-tuned heads of texts (seeds 100 and 101), those of 0.97 and more lose up to 1.4 points by consensus.
@@ -190,7 +190,7 @@ def besides_one(here: Floats, there: Floats, rows: int) -> float:
         The factor; NaN if the rows are too few to tell.
     """
     before, after = 1 - here, 1 - there
-    told = before * rows >= EXPECTED
+    told = before * rows >= EXPECTED - 1e-9  # 0.1 of 100 is a little less than 10 in binary
     return float((after[told] / before[told]).min()) if told.any() else np.nan
 
 

@@ -356,11 +356,12 @@ class _Explained:
 def _can_show(mine: Ints, theirs: Ints) -> bool:
     """Whether the groups can be dealt in so many ways that ``mmd`` could show a difference.
 
-    The true deal is one of them, and of sides of one size its mirror image is as far apart. Three groups a
-    side, 20 deals, can show none: that nothing is shown then explains nothing.
+    The true deal is one of them and, if the sides have as many groups, its mirror image is as far apart.
+    Three groups a side, 20 deals, can show none: that nothing is shown then explains nothing.
     """
-    few, others = len(np.unique(mine)), len(np.unique(theirs))
-    return comb(few + others, few) >= 2 / SIGNIFICANT  # of thousands of groups no float holds the number
+    few, more = sorted(len(np.unique(side)) for side in (mine, theirs))
+    as_far = 2 if few == more else 1
+    return few > 3 or comb(few + more, few) >= as_far / SIGNIFICANT
 
 
 def _tests(found: Diagnosis) -> int:
@@ -432,10 +433,10 @@ def _allowed(shift: LabelShift, explained: _Explained) -> float:
 def most_separable(shift: LabelShift) -> float:
     """The largest AUROC between source and target rows that another mixture of the same classes allows.
 
-    Of the mixtures that the intervals hold it is the one that allows most; without intervals, the estimate.
-    Given its class, nothing about a row tells which side it is of, so no classifier of the sides beats one
-    that knows the class. That one ranks classes by how much more common they are in the target; of two
-    classes, it has (1 + the change of a share) / 2.
+    Of the mixtures that the intervals hold it is the one that allows most, if the classes keep the order of
+    the estimate; without intervals it is the estimate. Given its class, nothing about a row tells which side
+    it is of, so no classifier of the sides beats one that knows the class. That one ranks classes by how much
+    more common they are in the target; of two classes, it has (1 + the change of a share) / 2.
     """
     order = np.argsort(shift.prior / np.maximum(shift.source_prior, TINY))
     mine, theirs = shift.source_prior[order], shift.prior[order]
@@ -534,7 +535,7 @@ def _words(
                 "still ranks the classes."
             )
     if 1 < few < FEW_GROUPS:
-        mute = np.isnan(answers.p) and not np.isnan(answers.gone)
+        mute = found.mmd_p > SIGNIFICANT and np.isnan(answers.p) and not np.isnan(answers.gone)
         words.append(
             f"As few as {few} groups a side are too few for a kernel test to show a shift, and make the "
             "intervals rough: some 30 labelled rows of the target would tell."
