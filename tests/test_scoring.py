@@ -473,7 +473,7 @@ def test_lines_that_may_not_be_read_are_not_taken_for_an_output_that_cannot_be_w
     def refuse(file: str, **options: Any) -> None:  # who runs the tests may be allowed everything
         raise PermissionError(errno.EACCES, "Permission denied", file)
 
-    monkeypatch.setattr(scoring, "open", refuse, raising=False)
+    monkeypatch.setattr(inputs, "open", refuse, raising=False)
     with pytest.raises(HeadstartError, match="the lines cannot be read") as caught:
         scoring.score(texts, ["notes.txt"], tmp_path / "answers.csv")
     assert caught.value.where == "notes.txt"

@@ -29,6 +29,7 @@ MODULES = (
     "checkpoints",
     "class_shares",
     "classifiers",
+    "clumps",
     "devices",
     "domains",
     "earlier",
