@@ -33,6 +33,7 @@ from headstart.errors import HeadstartError
 from headstart.heads import Singles
 from headstart.metrics import (
     LOWER_IS_BETTER,
+    OF_ROWS,
     Floats,
     Ints,
     fewest_groups,
@@ -557,8 +558,8 @@ class Tuning:
             return
         truth, groups = self.labels.truth[self.val_rows], np.asarray(self.labels.groups)[self.val_rows]
         sure = 1 - (1 - SURE) / (len(self.history.epochs) - 1)
-        of_rows = wanted in {"accuracy", "log_loss"}  # the others are means over classes
-        count = len(np.unique(groups)) if of_rows else min(groups_by_class(truth, groups).values())
+        whole = wanted in OF_ROWS  # else no surer than the class that is in the fewest groups
+        count = len(np.unique(groups)) if whole else min(groups_by_class(truth, groups).values())
         fewest = fewest_groups(sure)
         judged = {name: value.clone() for name, value in (self.mean or self.changing).items()}
         if count < fewest:
@@ -566,22 +567,22 @@ class Tuning:
                 "%d groups of validation rows cannot show that epoch %d is better than %d: that takes %d",
                 *(count, self.history.chosen, last, fewest),
             )
-            self.history.chosen, self.best = last, judged
-            return
-        self._load(self.best)
-        chosen = self.probabilities(self.val_rows)
-        self._load(judged)
-        final = self.probabilities(self.val_rows)
-        gained = gains(truth, chosen, final, groups, wanted=[wanted], resamples=RESAMPLES)[wanted]
-        won = gained < 0 if wanted in LOWER_IS_BETTER else gained > 0
-        share = float(won.mean())
-        least = 1 - levels(2 * sure - 1, count)[0]  # one-sided
-        if share < least:
+        else:
+            self._load(self.best)
+            chosen = self.probabilities(self.val_rows)
+            self._load(judged)
+            final = self.probabilities(self.val_rows)
+            gained = gains(truth, chosen, final, groups, wanted=[wanted], resamples=RESAMPLES)[wanted]
+            won = gained < 0 if wanted in LOWER_IS_BETTER else gained > 0
+            share = float(won.mean())
+            least = 1 - levels(2 * sure - 1, count)[0]  # one-sided
+            if share >= least:
+                return
             self._say(
                 "epoch %d is better than %d in %.1f%% of resamples, less than %.1f%%",
                 *(self.history.chosen, last, 100 * share, 100 * least),
             )
-            self.history.chosen, self.best = last, judged
+        self.history.chosen, self.best = last, judged
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():

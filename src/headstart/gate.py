@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.metrics import Floats, Ints, fewest_groups, gains, groups_by_class, levels, scores
+from headstart.metrics import OF_ROWS, Floats, Ints, fewest_groups, gains, groups_by_class, levels, scores
 from headstart.recipe import Promote
 
 Figures = dict[str, float | None]
@@ -204,7 +204,7 @@ def _counted(rows: Judged, metric: str) -> tuple[int, str]:
     others, is in no fewer groups than those others are, so it need not be counted.
     """
     every, whole = len(np.unique(rows.groups)), "groups of test rows"
-    if metric == "accuracy":
+    if metric in OF_ROWS:
         return every, whole
     held = groups_by_class(rows.truth, rows.groups)
     rarest = min(held, key=held.__getitem__)

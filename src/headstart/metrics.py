@@ -22,6 +22,7 @@ Ints = NDArray[np.int64]
 
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "log_loss", "ece")
 LOWER_IS_BETTER = frozenset({"log_loss", "ece"})
+OF_ROWS = frozenset({"accuracy", "log_loss", "ece"})  # in which rows weigh alike; in the others classes do
 SHARES = ("accuracy", "balanced_accuracy", "macro_f1")  # 1 where all rows are named rightly, 0 where none is
 MOST_RANKED = 50  # classes of which AUROC is resampled: of 1,000, a thousand resamples would take hours
 BINS = 15
@@ -133,7 +134,7 @@ def intervals(
                 bounds[:, metric] = np.quantile(known, levels(confidence, count))
         if prepared.hits.all() or not prepared.hits.any():
             for share in SHARES:
-                each = count if share == "accuracy" else _evenly(truth, groups)
+                each = count if share in OF_ROWS else _evenly(truth, groups)
                 least = ((1 - confidence) / 2) ** (1 / each)
                 bounds[:, METRICS.index(share)] = (least, 1) if prepared.hits.all() else (0, 1 - least)
         ece = METRICS.index("ece")

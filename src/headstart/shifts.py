@@ -28,7 +28,7 @@ from headstart.class_shares import (
     logs_of,
     mlls,
 )
-from headstart.clumps import ordered
+from headstart.clumps import SIGNIFICANT, ordered
 from headstart.heads import Features, Singles, fit
 from headstart.metrics import TINY, Floats, Ints, resampled
 from headstart.splits import folds
@@ -40,7 +40,7 @@ Kind = Literal["none", "labels", "features", "unknown"]
 PENALTY = 0.1  # of the domain classifier; on 1,280 dimensions 0.01 to 1 give nearly the same AUROC
 FOLDS = 5
 SAMPLED = 2000  # rows of a side that a domain classifier is made of
-SIGNIFICANT = 0.05
+UNTOLD = np.nan, np.nan  # what ``mmd`` says of a single group
 COMPONENTS = 8  # 44 features with squares and products: few enough for a few hundred rows
 FEW_GROUPS = 20
 ALIKE_ROWS = 1000  # drawn to resemble the target: as many as ``mmd`` uses
@@ -308,12 +308,10 @@ def diagnose(  # noqa: PLR0917  # two sides of features, groups and probabilitie
         for by in (mlls, bbse)
     )
     alike = _in_shares(truth, shift.prior, ALIKE_ROWS, np.random.default_rng(seed))
-    drawn = sides[0][alike], sides[1]
-    if _lone(truth, sides[0], shift):
-        drawn = np.zeros_like(alike), sides[1]  # one group, of which nothing can be told
+    drawn, lone = (sides[0][alike], sides[1]), _lone(truth, sides[0], shift)
     answers = logs_of(mine), logs_of(theirs)
     by_features, by_answers = (
-        _Explained.of(before, mmd(x[alike], y, drawn, seed=seed), drawn)
+        _Explained.of(before, UNTOLD if lone else mmd(x[alike], y, drawn, seed=seed), drawn)
         for before, x, y in ((distance, source, target), (mmd(*answers, sides, seed=seed)[0], *answers))
     )
     found = Diagnosis(
