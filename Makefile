@@ -29,13 +29,13 @@ demo-loop: $(READY) ## another kind of cell, and of text, arrives without labels
 
 test: $(READY) ## run all tests but those of test-long: fast ones first, then slow ones
 	$(BIN)/pytest -m "not slow and not long" -n 2
-	$(BIN)/pytest -m "slow and not long" -n 2 --dist loadfile --durations 20
+	$(BIN)/pytest -m "slow and not long" -n 2 --dist loadgroup --durations 20
 
 test-fast: $(READY) ## run the fast tests only
 	$(BIN)/pytest -m "not slow and not long" -n 2
 
 test-long: $(READY) ## the tests that take too long for every change: killed stacks, production stores, every write
-	HEADSTART_EVERY=1 $(BIN)/pytest -m long
+	HEADSTART_EVERY=1 $(BIN)/pytest -m long -o faulthandler_timeout=0
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .

@@ -6,11 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+
+from tests import examples
 
 ROOT = Path(__file__).parents[1]
 # Set on purpose: two workers with two threads each would fight over two cores.
@@ -102,6 +105,56 @@ def clone(folder: Path, environment: dict[str, str]) -> Project:
 def session_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """One Prefect database and one cache for all projects of this worker."""
     yield isolated(tmp_path_factory.mktemp("environment"))
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A project after its first run, which tests copy before they change it, and what that run printed."""
+
+    project: Project
+    printed: str
+
+
+def once(
+    factory: pytest.TempPathFactory,
+    environment: dict[str, str],
+    name: str,
+    start: Callable[[Path], Project],
+) -> Ran:
+    """The project that ``start`` makes in a folder, after a run of recipe ``name``: one for all workers."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"ran-{name}"
+    said = folder / "printed"
+    with FileLock(f"{folder}.lock"):
+        if not said.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+            printed = start(folder / "project").ok("headstart", "run", f"recipes/{name}.yaml")
+            said.write_text(printed, encoding="utf-8")
+    return Ran(Project(folder / "project", environment), said.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def moods(tmp_path_factory: pytest.TempPathFactory, session_environment: dict[str, str]) -> Ran:
+    """A project that has registered a model for texts, ``moods``; nobody may change it."""
+
+    def start(folder: Path) -> Project:
+        project = clone(folder, session_environment)
+        examples.write_text_project(project.root, rows=360)
+        return project
+
+    return once(tmp_path_factory, session_environment, "moods", start)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory, session_environment: dict[str, str], moods: Ran) -> Ran:
+    """The same with a model for images besides, ``photos``; nobody may change it."""
+
+    def start(folder: Path) -> Project:
+        project = moods.project.copy(folder)
+        examples.write_image_project(project.root)
+        return project
+
+    return once(tmp_path_factory, session_environment, "photos", start)
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from tests.conftest import ROOT, Project, clone, isolated
 from tests.servers import free_port
 from tests.stacks import Server
 
+pytestmark = pytest.mark.xdist_group("deployments")
 PATIENCE = 120
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 pytest_plugins = ["tests.browser"]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("drift_report")]
 
 
 def found_in(root: Path, modality: str, shift: float, labelled: bool = True) -> Monitored:

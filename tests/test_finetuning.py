@@ -535,12 +535,13 @@ def test_what_needs_one_process_is_refused_in_several_before_anything_is_learned
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more",
+    ("more", "kills"),
     [
-        {"mixup": 0.2},
+        ({"mixup": 0.2}, 3),
         *(
-            pytest.param(more, marks=pytest.mark.long)
+            pytest.param(more, 10, marks=pytest.mark.long)
             for more in (
+                {"mixup": 0.2},
                 {"alignment": "conditional_adversarial"},
                 {"source_free": "hypothesis_transfer"},
             )
@@ -548,9 +549,9 @@ def test_what_needs_one_process_is_refused_in_several_before_anything_is_learned
     ],
 )
 def test_a_run_killed_anywhere_ends_with_the_same_bits(
-    more: dict[str, Any], efficientnet: Path, tmp_path: Path
+    more: dict[str, Any], kills: int, efficientnet: Path, tmp_path: Path
 ) -> None:
-    """Ten kills at random moments of runs that save after every step, each then run to its end."""
+    """Kills at random moments of runs that save after every step, each then run to its end."""
     method = ALIGNING if "alignment" in more else FREE if "source_free" in more else QUICK
     choices = Train(**method | {"epochs": 4, "augment": {"horizontal_flip": True}} | more)
     environment = {**os.environ, **THREADS}
@@ -560,7 +561,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(
     history = (undisturbed / "history.json").read_text()
     killed, chance = 0, random.Random(0)
     out = tmp_path / "killed"
-    while killed < 10:
+    while killed < kills:
         command = process(efficientnet, out, choices)
         kept = out / "kept"
         latest = max((file.name for file in kept.glob("*.json")), default="")

@@ -15,7 +15,7 @@ from headstart import environment, launching
 from tests import examples
 from tests.conftest import Project, clone
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launching")]
 
 TRAIN: dict[str, Any] = {
     "method": "fine_tune",

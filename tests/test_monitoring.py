@@ -18,7 +18,7 @@ from headstart.metrics import METRICS, intervals
 from headstart.models import Model, Version
 from headstart.monitoring import Monitored, Rows
 from tests import cached, examples
-from tests.conftest import Project, clone
+from tests.conftest import Project, Ran
 
 pytestmark = pytest.mark.slow
 
@@ -51,13 +51,10 @@ print(json.dumps({
 """
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory, session_environment: dict[str, str]) -> Project:
-    """A project with a champion."""
-    project = clone(tmp_path_factory.mktemp("monitored") / "project", session_environment)
-    examples.write_text_project(project.root, rows=360)
-    project.ok("headstart", "run", "recipes/moods.yaml")
-    return project
+@pytest.fixture
+def project(moods: Ran, tmp_path: Path) -> Project:
+    """A project with a champion, free to be changed."""
+    return moods.project.copy(tmp_path / "project")
 
 
 def arrive(project: Project, name: str, table: pd.DataFrame, number: int) -> None:
@@ -68,14 +65,13 @@ def arrive(project: Project, name: str, table: pd.DataFrame, number: int) -> Non
     (folder / ".batch.json").write_text(json.dumps({"number": number, "kind": "rows"}))
 
 
-def test_without_batches_there_is_nothing_to_do_and_the_command_says_so(ran: Project) -> None:
-    said = ran.ok("headstart", "monitor", "recipes/moods.yaml")
+def test_without_batches_there_is_nothing_to_do_and_the_command_says_so(moods: Ran) -> None:
+    said = moods.project.ok("headstart", "monitor", "recipes/moods.yaml")
     assert said.strip() == "no batch has come since the data of moods version 1"
-    assert not (ran.root / "reports/moods/drift.html").exists()
+    assert not (moods.project.root / "reports/moods/drift.html").exists()
 
 
-def test_files_are_compared_and_rows_like_the_known_ones_are_no_drift(ran: Project, tmp_path: Path) -> None:
-    project = ran.copy(tmp_path / "project")
+def test_files_are_compared_and_rows_like_the_known_ones_are_no_drift(project: Project) -> None:
     examples.write_texts(project.root / "alike.csv", rows=120, start=400)
     said = project.ok("headstart", "monitor", "recipes/moods.yaml", "alike.csv")
     assert "no drift is shown between 120 recent rows" in said
@@ -183,9 +179,8 @@ def test_a_fall_has_to_surpass_what_both_figures_leave_open(metric: str, sign: i
 
 
 def test_a_batch_that_has_drifted_is_reported_logged_and_told_to_prefect(
-    ran: Project, tmp_path: Path
+    project: Project, tmp_path: Path
 ) -> None:
-    project = ran.copy(tmp_path / "project")
     texts = [f"zq {word} xk {i} yyy" for i, word in enumerate(examples.GOOD * 10)]
     arrive(project, "monday", pd.DataFrame({"body": texts, "mood": None, "shop": "a"}), 1)
     report = project.root / "reports/moods/report.html"

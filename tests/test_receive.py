@@ -13,7 +13,7 @@ from tests import examples
 from tests.conftest import Project, clone
 from tests.test_inbox import digest, files
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("receive")]
 
 
 @pytest.fixture(scope="module")

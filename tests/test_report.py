@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 pytest_plugins = ["tests.browser"]
+pytestmark = pytest.mark.xdist_group("report")
 
 ROOT = Path(__file__).parents[1]
 SHOWN = "solar-cells-tuned"  # whose report the documents show

@@ -12,7 +12,7 @@ import yaml
 
 from headstart.heads import Head
 from tests import examples
-from tests.conftest import Project, clone
+from tests.conftest import Project, Ran, clone
 
 pytestmark = pytest.mark.slow
 
@@ -26,43 +26,28 @@ def contents(root: Path) -> dict[str, bytes]:
     return {file.relative_to(root).as_posix(): file.read_bytes() for file in files}
 
 
-@pytest.fixture(scope="module")
-def texts(
-    tmp_path_factory: pytest.TempPathFactory, session_environment: dict[str, str]
-) -> tuple[Project, str]:
-    """A text project after its first run, and what the run printed."""
-    project = clone(tmp_path_factory.mktemp("texts") / "project", session_environment)
-    examples.write_text_project(project.root)
-    return project, project.ok("headstart", "run", "recipes/moods.yaml")
-
-
 @pytest.fixture
-def finished(texts: tuple[Project, str], tmp_path: Path) -> Project:
+def finished(moods: Ran, tmp_path: Path) -> Project:
     """A copy of the finished text project, free to be changed."""
-    return texts[0].copy(tmp_path / "project")
+    return moods.project.copy(tmp_path / "project")
 
 
-def test_a_run_ends_with_one_line_that_says_what_happened_how_good_and_where(
-    texts: tuple[Project, str],
-) -> None:
-    project, printed = texts
-    last = printed.strip().splitlines()[-1]
+def test_a_run_ends_with_one_line_that_says_what_happened_how_good_and_where(moods: Ran) -> None:
+    last = moods.printed.strip().splitlines()[-1]
     assert last.startswith("moods: ingest ran, ")
     assert "test accuracy" in last
     assert "registered as moods version 1 (candidate)" in last
-    assert last.endswith(str(project.root / "reports/moods/report.html"))
+    assert last.endswith(str(moods.project.root / "reports/moods/report.html"))
 
 
-def test_images_go_the_same_way_as_texts(project: Project) -> None:
-    examples.write_image_project(project.root)
-    printed = project.ok("headstart", "run", "recipes/photos.yaml")
-    assert "registered as photos version 1" in printed
-    metrics = json.loads((project.root / "evidence/photos/metrics.json").read_text())
+def test_images_go_the_same_way_as_texts(photos: Ran) -> None:
+    assert "registered as photos version 1" in photos.printed
+    metrics = json.loads((photos.project.root / "evidence/photos/metrics.json").read_text())
     assert metrics["test"]["accuracy"]["value"] > metrics["test"]["majority"]
 
 
-def test_repro_alone_gives_the_bytes_that_the_flow_gives(texts: tuple[Project, str], tmp_path: Path) -> None:
-    flow = texts[0]
+def test_repro_alone_gives_the_bytes_that_the_flow_gives(moods: Ran, tmp_path: Path) -> None:
+    flow = moods.project
     alone = clone(tmp_path / "project", flow.environment)
     shutil.copytree(flow.root / "start", alone.root / "start")
     shutil.copy(flow.root / "recipes/moods.yaml", alone.root / "recipes/moods.yaml")
@@ -112,11 +97,12 @@ def test_a_changed_training_parameter_reruns_only_train_and_what_follows_and_goi
     assert contents(finished.root) == before
 
 
-def test_one_recipes_change_leaves_the_other_recipe_alone(finished: Project) -> None:
-    other = finished.root / "recipes/feelings.yaml"
-    other.write_text((finished.root / "recipes/moods.yaml").read_text())
-    printed = finished.ok("headstart", "run", "recipes/feelings.yaml", "recipes/moods.yaml")
-    assert "registered as feelings version 1" in printed
+def test_one_recipes_change_leaves_the_other_recipe_alone(photos: Ran, tmp_path: Path) -> None:
+    project = photos.project.copy(tmp_path / "project")
+    recipe = project.root / "recipes/photos.yaml"
+    recipe.write_text(recipe.read_text().replace("train: {}", 'train: {"l2": [0.5]}'))
+    printed = project.ok("headstart", "run", "recipes/photos.yaml", "recipes/moods.yaml")
+    assert "photos: train ran, evaluate ran, register ran, promote ran, report ran;" in printed
     assert "moods: nothing changed, nothing done" in printed
 
 
@@ -296,10 +282,9 @@ def test_once_fetched_a_run_needs_no_network(finished: Project) -> None:
 
 
 def test_a_fine_tuned_model_is_registered_with_its_history_and_predicts_what_training_predicted(
-    project: Project,
+    finished: Project,
 ) -> None:
-    examples.write_text_project(project.root)
-    recipe = project.root / "recipes/moods.yaml"
+    project, recipe = finished, finished.root / "recipes/moods.yaml"
     train = '{"method": "fine_tune", "epochs": 1}'
     features = '{"packed": true, "precision": "float32"}'
     recipe.write_text(
@@ -308,7 +293,7 @@ def test_a_fine_tuned_model_is_registered_with_its_history_and_predicts_what_tra
         .replace("features: {}", f"features: {features}")
     )
     printed = project.ok("headstart", "run", "recipes/moods.yaml")
-    assert "registered as moods version 1 (candidate)" in printed
+    assert "registered as moods version 2 (candidate)" in printed
     manifest = pd.read_parquet(project.root / "manifest/moods/manifest.parquet")
     expected = pd.read_parquet(project.root / "model/moods/predictions.parquet")
     rows = expected[expected["split"] == "test"].merge(manifest[["id", "text"]], on="id")
@@ -337,5 +322,5 @@ def test_a_fine_tuned_model_is_registered_with_its_history_and_predicts_what_tra
     before = contents(project.root)
     printed = project.ok("headstart", "run", "recipes/moods.yaml")
     assert "moods: nothing changed, nothing done" in printed
-    assert "already registered as moods version 1" in printed
+    assert "already registered as moods version 2" in printed
     assert contents(project.root) == before

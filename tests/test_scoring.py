@@ -27,7 +27,7 @@ from headstart.errors import HeadstartError
 from headstart.models import Version
 from headstart.recipe import Validate
 from tests import versions
-from tests.conftest import Project, clone, isolated
+from tests.conftest import Project, Ran, isolated
 
 ROOT = Path(__file__).parents[1]
 TEXTS = versions.TEXTS
@@ -614,7 +614,11 @@ def test_lines_from_a_pipe_are_answered_before_the_pipe_ends(texts_folder: Path,
         assert len(process.stdout.readlines()) == 1
 
 
-@pytest.mark.parametrize("suffix", READERS)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "suffix",
+    [pytest.param(suffix, marks=() if suffix == ".parquet" else pytest.mark.long) for suffix in READERS],
+)
 def test_a_kill_half_way_leaves_the_earlier_output(suffix: str, texts_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / f"answers{suffix}"
     output.write_text("earlier")
@@ -690,20 +694,10 @@ def test_a_network_that_is_compiled_on_the_way_gives_the_same_answers(
     assert rows["p:good"].to_numpy() == pytest.approx(plain["p:good"].to_numpy(), abs=1e-4)
 
 
-@pytest.fixture(scope="module", params=["moods", "photos"])
-def finished(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    session_environment: dict[str, str],
-) -> tuple[Project, str]:
-    """A project with a registered model, and the model's name."""
-    from tests import examples
-
-    project = clone(tmp_path_factory.mktemp(request.param) / "project", session_environment)
-    write = {"moods": examples.write_text_project, "photos": examples.write_image_project}[request.param]
-    write(project.root)
-    project.ok("headstart", "run", f"recipes/{request.param}.yaml")
-    return project, request.param
+@pytest.fixture(params=["moods", "photos"])
+def finished(request: pytest.FixtureRequest, photos: Ran) -> tuple[Project, str]:
+    """A project with registered models, and the name of one."""
+    return photos.project, request.param
 
 
 @pytest.mark.slow

@@ -34,12 +34,13 @@ from headstart.errors import HeadstartError
 from headstart.models import Answers, Model
 from tests import examples, versions
 from tests.browser import opened
-from tests.conftest import Project, clone
+from tests.conftest import Project, Ran
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, FileChooser, Page
 
 pytest_plugins = ["tests.browser"]
+pytestmark = pytest.mark.xdist_group("serving")
 slow = pytest.mark.slow
 JSON = {"Content-Type": "application/json"}
 PRAISE = "the film was splendid next to the lamp"
@@ -92,13 +93,9 @@ def serve(project: Project, name: str) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, session_environment: dict[str, str]) -> Project:
+def project(photos: Ran) -> Project:
     """A project that has registered a model for texts and one for images."""
-    project = clone(tmp_path_factory.mktemp("served") / "project", session_environment)
-    examples.write_text_project(project.root)
-    examples.write_image_project(project.root)
-    project.ok("headstart", "run", "recipes/moods.yaml", "recipes/photos.yaml")
-    return project
+    return photos.project
 
 
 @pytest.fixture(scope="module")
