@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -31,10 +31,11 @@ from PIL import Image
 
 from headstart import serving
 from headstart.errors import HeadstartError
+from headstart.layout import Layout
 from headstart.models import Answers, Model
 from tests import examples, versions
 from tests.browser import opened
-from tests.conftest import Project, Ran
+from tests.conftest import ROOT, Project, Ran, isolated
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, FileChooser, Page
@@ -472,23 +473,13 @@ def test_a_model_that_does_not_exist_is_told(project: Project, asked: list[str])
     assert done.stderr.startswith("error: the registry has no")
 
 
-def kept(page: Page, name: str, tmp_path: Path) -> None:
-    """A picture of the page, for whoever wants to look."""
-    page.screenshot(path=tmp_path / name, full_page=True)
-    if folder := os.environ.get("HEADSTART_SCREENSHOTS"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        shutil.copy(tmp_path / name, folder)
-
-
 def shares(page: Page) -> dict[str, str]:
     lines = page.locator("#bars button")
     return {line.locator(".name").inner_text(): line.locator(".share").inner_text() for line in lines.all()}
 
 
 @slow
-def test_a_text_typed_into_the_page_gets_a_label_and_tinted_words(
-    browser: Browser, texts: Server, tmp_path: Path
-) -> None:
+def test_a_text_typed_into_the_page_gets_a_label_and_tinted_words(browser: Browser, texts: Server) -> None:
     with opened(browser, texts.url) as page:
         page.get_by_label("A text to classify").fill(PRAISE)
         page.keyboard.press("Enter")
@@ -499,7 +490,6 @@ def test_a_text_typed_into_the_page_gets_a_label_and_tinted_words(
         assert set(shares(page)) == {"happy", "unhappy"}
         tints = page.eval_on_selector_all("#words span", "all => all.map(e => e.style.backgroundColor)")
         assert len(set(tints)) > 1
-        kept(page, "serve-text.png", tmp_path)
 
 
 @slow
@@ -533,7 +523,7 @@ def drop(page: Page, path: Path) -> None:
 @slow
 @pytest.mark.parametrize("give", [choose, drop])
 def test_an_image_given_to_the_page_gets_a_label_bars_and_an_overlay(
-    browser: Browser, images: Server, pictures: list[Path], tmp_path: Path, give: Callable[[Page, Path], None]
+    browser: Browser, images: Server, pictures: list[Path], give: Callable[[Page, Path], None]
 ) -> None:
     with opened(browser, images.url) as page:
         page.wait_for_selector("#drop", state="visible")
@@ -543,9 +533,53 @@ def test_an_image_given_to_the_page_gets_a_label_bars_and_an_overlay(
         assert page.locator("#label").inner_text() == "dark"
         assert set(shares(page)) == {"dark", "light"}
         assert page.locator("#map").bounding_box() == page.locator("#shown").bounding_box()
-        kept(page, "serve-image.png", tmp_path)
         page.get_by_label("Show what speaks for the label").uncheck()
         assert not page.locator("#map").is_visible()
+
+
+@contextmanager
+def shown(name: str, made: Server, folder: Path) -> Iterator[Server]:
+    """The model that the documents show, where `make demo` has registered it; else the one made here."""
+    if (Layout(ROOT, name).report / "report.html").exists():
+        with serve(Project(ROOT, isolated(folder)), name) as server:
+            yield server
+    else:
+        yield made
+
+
+@slow
+def test_screenshots_for_the_documents(
+    browser: Browser, texts: Server, images: Server, pictures: list[Path], tmp_path: Path
+) -> None:
+    folder = Path(os.environ.get("HEADSTART_SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        shown("sentiment", texts, tmp_path) as server,
+        opened(browser, server.url, width=1000, height=500) as page,
+    ):
+        page.get_by_label("A text to classify").fill(
+            "The lamp looks lovely, but the switch broke after a week and nobody answered my letters. "
+            "What a waste!"
+        )
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#words span")
+        page.screenshot(path=folder / "serve-text.png", full_page=True)
+    cell, answers = pictures[0], ROOT / "model/solar-cells/predictions.parquet"
+    if answers.exists():  # the defect that the model is surest of, among cells that it has not learned from
+        rows = pd.read_parquet(answers).query("split == 'test'")
+        cell = ROOT / "data/solar-cells" / rows["id"][rows["p:defective"].idxmax()]
+    with (
+        shown("solar-cells", images, tmp_path) as server,
+        opened(browser, server.url, width=1000, height=500) as page,
+    ):
+        page.wait_for_selector("#drop", state="visible")
+        choose(page, cell)
+        page.wait_for_selector("#map", state="visible")
+        page.locator("#map").evaluate("image => image.decode()")
+        page.screenshot(path=folder / "serve-image.png", full_page=True)
+    for name in ("serve-text.png", "serve-image.png"):
+        with Image.open(folder / name) as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 100  # it is not blank
 
 
 @slow
