@@ -109,7 +109,10 @@ def session_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
 
 @dataclass(frozen=True)
 class Ran:
-    """A project after its first run, which tests copy before they change it, and what that run printed."""
+    """A project after its first run, and what that printed.
+
+    Other workers copy it at any moment, so nothing may run in it: a file that vanishes fails their copy.
+    """
 
     project: Project
     printed: str
@@ -135,7 +138,7 @@ def once(
 
 @pytest.fixture(scope="session")
 def moods(tmp_path_factory: pytest.TempPathFactory, session_environment: dict[str, str]) -> Ran:
-    """A project that has registered a model for texts, ``moods``; nobody may change it."""
+    """A project that has registered a model for texts, ``moods``."""
 
     def start(folder: Path) -> Project:
         project = clone(folder, session_environment)
@@ -147,7 +150,7 @@ def moods(tmp_path_factory: pytest.TempPathFactory, session_environment: dict[st
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory, session_environment: dict[str, str], moods: Ran) -> Ran:
-    """The same with a model for images besides, ``photos``; nobody may change it."""
+    """The same with a model for images besides, ``photos``."""
 
     def start(folder: Path) -> Project:
         project = moods.project.copy(folder)

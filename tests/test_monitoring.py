@@ -65,10 +65,10 @@ def arrive(project: Project, name: str, table: pd.DataFrame, number: int) -> Non
     (folder / ".batch.json").write_text(json.dumps({"number": number, "kind": "rows"}))
 
 
-def test_without_batches_there_is_nothing_to_do_and_the_command_says_so(moods: Ran) -> None:
-    said = moods.project.ok("headstart", "monitor", "recipes/moods.yaml")
+def test_without_batches_there_is_nothing_to_do_and_the_command_says_so(project: Project) -> None:
+    said = project.ok("headstart", "monitor", "recipes/moods.yaml")
     assert said.strip() == "no batch has come since the data of moods version 1"
-    assert not (moods.project.root / "reports/moods/drift.html").exists()
+    assert not (project.root / "reports/moods/drift.html").exists()
 
 
 def test_files_are_compared_and_rows_like_the_known_ones_are_no_drift(project: Project) -> None:

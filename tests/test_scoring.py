@@ -695,9 +695,9 @@ def test_a_network_that_is_compiled_on_the_way_gives_the_same_answers(
 
 
 @pytest.fixture(params=["moods", "photos"])
-def finished(request: pytest.FixtureRequest, photos: Ran) -> tuple[Project, str]:
+def finished(request: pytest.FixtureRequest, photos: Ran, tmp_path: Path) -> tuple[Project, str]:
     """A project with registered models, and the name of one."""
-    return photos.project, request.param
+    return photos.project.copy(tmp_path / "project"), request.param
 
 
 @pytest.mark.slow

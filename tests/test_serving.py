@@ -94,9 +94,9 @@ def serve(project: Project, name: str) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def project(photos: Ran) -> Project:
+def project(photos: Ran, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project that has registered a model for texts and one for images."""
-    return photos.project
+    return photos.project.copy(tmp_path_factory.mktemp("served") / "project")
 
 
 @pytest.fixture(scope="module")
