@@ -14,7 +14,8 @@ help: ## list the targets
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; assert (3, 11, 4) <= sys.version_info < (3, 15), "headstart needs Python 3.11.4 to 3.14: make PYTHON=python3.12 ..."'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet --no-compile --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # on all cores, pip on one; templates are no Python
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
