@@ -6,6 +6,7 @@ is before pytest could rewrite what is asserted here: PYTEST_DONT_REWRITE.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 import pytest
+from PIL import Image
 
 from tests.debian import missing
 
@@ -46,6 +48,19 @@ def browser() -> Iterator[Browser]:
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield started
         started.close()
+
+
+def for_documents(otherwise: Path) -> Path:
+    """The folder that pictures for the documents go to, if somebody wants them."""
+    folder = Path(os.environ.get("HEADSTART_SCREENSHOTS", otherwise))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def colours(path: Path) -> int:
+    """How many there are in a picture: a blank page has a handful."""
+    with Image.open(path) as picture:
+        return len(picture.convert("RGB").getcolors(1 << 24) or ())
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def test_a_rare_class_that_some_resamples_miss_leaves_no_hole() -> None:
 )
 def test_intervals_cover_the_truth_about_95_times_in_100(groups: int, size: int, at_least: int) -> None:
     """Rows of a group share their difficulty. Ten groups reach 93 (plain percentiles: 88)."""
-    trials, covered = 150, 0
+    trials, covered = 300, 0
     for trial in range(trials):
         chance = np.random.default_rng([size, trial])
         right = chance.random(groups * size) < np.repeat(chance.beta(6, 2, groups), size)  # mean 0.75
@@ -178,13 +178,13 @@ def test_a_class_of_few_groups_that_are_all_right_has_the_same_say_in_how_sure_o
 def test_intervals_of_a_good_model_on_few_rows_cover_the_truth_as_often() -> None:
     """Of twenty rows, a third of the samples have all of them right."""
     covered = 0
-    for trial in range(150):
+    for trial in range(300):
         right = np.random.default_rng(trial).random(20) < 0.95
         p = np.tile([0.95, 0.05], (20, 1))
         found = intervals((~right).astype(int), p, np.arange(20), resamples=200, seed=trial)["accuracy"]
         assert found["low"] is not None and found["high"] is not None
         covered += found["low"] <= 0.95 <= found["high"]
-    assert 100 * covered / 150 >= 92
+    assert 100 * covered / 300 >= 92
 
 
 def test_rows_that_resemble_each_other_give_wider_intervals_than_independent_rows() -> None:

@@ -113,6 +113,7 @@ def test_a_model_that_serves_in_bfloat16_is_exported_in_float32(
     finally:
         Arithmetic().save(texts.folder / "artifacts/arithmetic.safetensors")
     assert path.read_bytes() == exported.read_bytes()
+    assert described(path) == described(exported)
 
 
 def test_the_file_is_run_without_pytorch_and_without_headstart(exported: Path, tmp_path: Path) -> None:
@@ -158,9 +159,11 @@ def test_another_models_tokenizer_is_not_replaced(texts: Version, tmp_path: Path
 
 
 def test_models_with_one_tokenizer_share_it(texts: Version, exported: Path, tmp_path: Path) -> None:
-    tokenizer = shutil.copy(exported.with_name("tokenizer.json"), tmp_path)
-    path = onnx.export(texts, tmp_path / "second.onnx", TEXTS)
-    assert sorted(tmp_path.iterdir()) == [path, Path(tokenizer)]
+    first, tokenizer = (
+        Path(shutil.copy(path, tmp_path)) for path in (exported, exported.with_name("tokenizer.json"))
+    )
+    second = onnx.export(texts, tmp_path / "second.onnx", TEXTS)
+    assert sorted(tmp_path.iterdir()) == [second, first, tokenizer]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from headstart.errors import HeadstartError
 from headstart.layout import Layout
 from headstart.recipe import Recipe, load
 from tests import examples
-from tests.browser import opened
+from tests.browser import colours, for_documents, opened
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -489,17 +489,16 @@ def test_screenshots_for_the_documents(
 ) -> None:
     real = Layout(ROOT, SHOWN).report / "report.html"
     page = real.as_uri() if real.exists() else address(made, "photos")
-    folder = Path(os.environ.get("HEADSTART_SCREENSHOTS", tmp_path))
+    folder = for_documents(tmp_path)
     take(browser, page, folder)
     for name, width in (("report-light", 1200), ("report-dark", 1200), ("report-phone", 375)):
         with Image.open(folder / f"{name}.png") as shown:
             assert shown.width % width == 0  # a phone has several dots a pixel
-            assert len(shown.convert("RGB").getcolors(1 << 24) or ()) > 100  # and no page that is blank
+        assert colours(folder / f"{name}.png") > 100  # and no page that is blank
 
 
 def take(browser: Browser, url: str, folder: Path) -> None:
     """Pictures of a report: its top, its mistakes in dark colours, and its top on a phone."""
-    folder.mkdir(parents=True, exist_ok=True)
     with opened(browser, url, height=1500) as page:
         page.screenshot(path=folder / "report-light.png")
     with opened(browser, url, height=1100, scheme="dark") as page:

@@ -102,6 +102,7 @@ def test_one_recipes_change_leaves_the_other_recipe_alone(photos: Ran, tmp_path:
     recipe = project.root / "recipes/photos.yaml"
     recipe.write_text(recipe.read_text().replace("train: {}", 'train: {"l2": [0.5]}'))
     printed = project.ok("headstart", "run", "recipes/photos.yaml", "recipes/moods.yaml")
+    assert "registered as photos version 2" in printed
     assert "photos: train ran, evaluate ran, register ran, promote ran, report ran;" in printed
     assert "moods: nothing changed, nothing done" in printed
 

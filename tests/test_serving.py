@@ -34,7 +34,7 @@ from headstart.errors import HeadstartError
 from headstart.layout import Layout
 from headstart.models import Answers, Model
 from tests import examples, versions
-from tests.browser import opened
+from tests.browser import colours, for_documents, opened
 from tests.conftest import ROOT, Project, Ran, isolated
 
 if TYPE_CHECKING:
@@ -551,8 +551,7 @@ def shown(name: str, made: Server, folder: Path) -> Iterator[Server]:
 def test_screenshots_for_the_documents(
     browser: Browser, texts: Server, images: Server, pictures: list[Path], tmp_path: Path
 ) -> None:
-    folder = Path(os.environ.get("HEADSTART_SCREENSHOTS", tmp_path))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = for_documents(tmp_path)
     with (
         shown("sentiment", texts, tmp_path) as server,
         opened(browser, server.url, width=1000, height=500) as page,
@@ -578,8 +577,7 @@ def test_screenshots_for_the_documents(
         page.locator("#map").evaluate("image => image.decode()")
         page.screenshot(path=folder / "serve-image.png", full_page=True)
     for name in ("serve-text.png", "serve-image.png"):
-        with Image.open(folder / name) as picture:
-            assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 100  # it is not blank
+        assert colours(folder / name) > 100  # it is not blank
 
 
 @slow
