@@ -13,11 +13,24 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from headstart import temporary
 from tests import examples
 
 ROOT = Path(__file__).parents[1]
-# Set on purpose: two workers with two threads each would fight over two cores.
-THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# Set on purpose: two workers with two threads each would fight over two cores. And a sum of two halves has
+# other bits than one: what a test goes on with in another process must have as many.
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test of the project that takes a minute to make comes first, the others of them last.
+
+    While one worker makes it, the other would only wait.
+    """
+    waiting = [item for item in items if "moods" in getattr(item, "fixturenames", ())]
+    waiting.sort(key=lambda item: "photos" not in item.fixturenames)  # type: ignore[attr-defined]
+    items[:] = [*waiting[:1], *(item for item in items if item not in waiting), *waiting[1:]]
 
 
 def isolated(folder: Path) -> dict[str, str]:
@@ -44,7 +57,6 @@ def isolated(folder: Path) -> dict[str, str]:
         "GIT_AUTHOR_EMAIL": "user@example.com",
         "GIT_COMMITTER_NAME": "A User",
         "GIT_COMMITTER_EMAIL": "user@example.com",
-        **THREADS,
     }
 
 
@@ -107,6 +119,16 @@ def session_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
     yield isolated(tmp_path_factory.mktemp("environment"))
 
 
+@pytest.fixture(scope="session")
+def served(session_environment: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The same with a Prefect server, which each command would else have to start for itself."""
+    environment = session_environment | {"PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    server = temporary.Server(environment)
+    server.wait()
+    yield environment
+    server.stop()
+
+
 @dataclass(frozen=True)
 class Ran:
     """A project after its first run, and what that printed.
@@ -137,19 +159,19 @@ def once(
 
 
 @pytest.fixture(scope="session")
-def moods(tmp_path_factory: pytest.TempPathFactory, session_environment: dict[str, str]) -> Ran:
+def moods(tmp_path_factory: pytest.TempPathFactory, served: dict[str, str]) -> Ran:
     """A project that has registered a model for texts, ``moods``."""
 
     def start(folder: Path) -> Project:
-        project = clone(folder, session_environment)
+        project = clone(folder, served)
         examples.write_text_project(project.root, rows=360)
         return project
 
-    return once(tmp_path_factory, session_environment, "moods", start)
+    return once(tmp_path_factory, served, "moods", start)
 
 
 @pytest.fixture(scope="session")
-def photos(tmp_path_factory: pytest.TempPathFactory, session_environment: dict[str, str], moods: Ran) -> Ran:
+def photos(tmp_path_factory: pytest.TempPathFactory, served: dict[str, str], moods: Ran) -> Ran:
     """The same with a model for images besides, ``photos``."""
 
     def start(folder: Path) -> Project:
@@ -157,30 +179,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory, session_environment: dict[s
         examples.write_image_project(project.root)
         return project
 
-    return once(tmp_path_factory, session_environment, "photos", start)
+    return once(tmp_path_factory, served, "photos", start)
 
 
 @pytest.fixture
 def project(tmp_path: Path, session_environment: dict[str, str]) -> Project:
     """A fresh clone without data."""
     return clone(tmp_path / "project", session_environment)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """One thread of PyTorch's in this process, for the same reason."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def one_thread_of_blas() -> Iterator[None]:
-    """Thousands of small products: two workers with two threads each would fight over two cores."""
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(1):
-        yield

@@ -18,7 +18,6 @@ from headstart.finetuning import Labels, Tuning
 from headstart.recipe import Features, Train
 from tests import examples, tuning
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 EPOCHS = 2
 DEFAULTS = {"epochs": EPOCHS, "batch": 16, "precision": "float32", "choose_by": "last"}
 

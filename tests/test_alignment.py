@@ -31,7 +31,6 @@ from tests.slopes import slope_by_differences
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 K = 3
 UNEVEN = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)

@@ -6,8 +6,6 @@ from transformers import BertConfig, BertModel
 
 from headstart import attention
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def bert() -> BertModel:

@@ -26,7 +26,6 @@ from tests import examples, tuning, versions
 SIDE = 64
 GOOD = ["splendid", "delight", "warm", "lovely", "bright", "joy"]
 BAD = ["dreadful", "bore", "cold", "awful", "bleak", "pain"]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fitted(model: Model, items: list[str] | list[bytes], truth: list[int]) -> Model:

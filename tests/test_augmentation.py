@@ -18,8 +18,6 @@ SIDE = 24
 FLIPS = {"horizontal_flip": True, "vertical_flip": True, "quarter_turns": True}
 EVERYTHING = Augment(**FLIPS, crop=0.4, brightness=0.3, contrast=0.3)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def pictures(n: int, channels: int = 3, side: int = SIDE) -> Tensor:
     """Pictures without any symmetry."""

@@ -15,8 +15,6 @@ from headstart.fetching import fetch
 from headstart.layout import Layout
 from tests import cached, examples
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:

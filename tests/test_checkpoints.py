@@ -60,21 +60,14 @@ for line in sys.stdin:
 Saver = Callable[..., int]
 
 
-@pytest.fixture(autouse=True)
-def one_thread_each(one_thread: None) -> None:
-    pass
-
-
 @pytest.fixture(scope="module")
 def saver() -> Iterator[Saver]:
     """Starts a process that saves; returns its id."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [sys.executable, "-c", SAVERS],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=environment,
     ) as parent:
 
         def start(folder: Path, first: int, steps: int, **options: int) -> int:

@@ -8,8 +8,6 @@ from scipy.special import log_softmax, softmax
 
 from headstart.class_shares import bbse, calibrated, label_shift, mlls, most_likely
 
-pytestmark = pytest.mark.usefixtures("one_thread_of_blas")
-
 GAP = 2.0  # between the means of two classes of one deviation
 
 

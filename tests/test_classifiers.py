@@ -28,8 +28,6 @@ ROWS = np.arange(0, 24)
 OPTIONS = Features(packed=True)
 LIBRARIES = {"resnet18": "torchvision", "test_efficientnet": "timm"}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def lively(folder: Path) -> Path:
     """Statistics and factors of BatchNorm as after a training: the initial ones would fold into nothing."""

@@ -51,8 +51,9 @@ def last(printed: str) -> str:
 
 
 def test_drift_without_labels_adapts_the_champion_and_labels_that_only_the_gate_saw_decide(
-    project: Project,
+    project: Project, served: dict[str, str]
 ) -> None:
+    project.environment = served
     others = prepared(project)
     first = last(project.ok("headstart", "run", "recipes/moods.yaml"))
     assert "moods version 1 promoted to champion" in first

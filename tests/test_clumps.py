@@ -8,8 +8,6 @@ from scipy.special import ndtr, softmax
 
 from headstart.clumps import ordered
 
-pytestmark = pytest.mark.usefixtures("one_thread_of_blas")
-
 
 @pytest.mark.parametrize(("gap", "second"), [(3.0, 0.5), (4.0, 0.2)])
 def test_two_clumps_of_logits_show_how_well_the_classes_are_ranked_whatever_the_threshold(

@@ -44,7 +44,7 @@ TEXTS = [" ".join([THINGS[i % 10], *(examples.GOOD * (i % 13))][: i * 7 % 90]) f
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(devices.DEVICE, "cpu")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
 
@@ -603,7 +603,7 @@ def test_a_pass_that_was_killed_continues_where_it_was(
         "features.Extractor.run = run; root = Path(sys.argv[1])\n"
         "features.features(image_recipe(root), Layout(root, 'case'))\n"
     )
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", script, str(tmp_path / "one")]
     died = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert died.returncode == -signal.SIGKILL, died.stderr
@@ -803,7 +803,7 @@ def test_a_disk_that_is_too_small_is_found_out_before_the_pass_and_left_clean(tm
         "try: features.features(image_recipe(root), Layout(root, 'case'))\n"
         "except HeadstartError as error: print(error)\n"
     )
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-B", "-c", script, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert "there is no room for the features" in done.stdout, done.stderr
@@ -1144,7 +1144,7 @@ def test_a_compiled_image_network_gives_the_same_vectors_and_compiles_once(
     assert found == pytest.approx(extractor(layout, options)(pictures(layout)), abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_text_network_gives_the_same_vectors_for_every_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,7 +49,7 @@ TIMM = "timm:test_efficientnet"
 
 
 @pytest.fixture(autouse=True)
-def a_cache_of_its_own(one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("HEADSTART_") or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
 import signal
 import subprocess
@@ -24,7 +23,6 @@ from headstart.features import averaged
 from headstart.layout import sha256_of
 from headstart.recipe import Train
 from tests import examples, tuning
-from tests.conftest import THREADS
 
 ROOT = Path(__file__).parents[1]
 QUICK: dict[str, Any] = {
@@ -34,8 +32,6 @@ QUICK: dict[str, Any] = {
     "precision": "float32",
     "dropout": 0.2,
 }
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -554,9 +550,8 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(
     """Kills at random moments of runs that save after every step, each then run to its end."""
     method = ALIGNING if "alignment" in more else FREE if "source_free" in more else QUICK
     choices = Train(**method | {"epochs": 4, "augment": {"horizontal_flip": True}} | more)
-    environment = {**os.environ, **THREADS}
     undisturbed = tmp_path / "undisturbed"
-    subprocess.run(process(efficientnet, undisturbed, choices), env=environment, cwd=ROOT, check=True)
+    subprocess.run(process(efficientnet, undisturbed, choices), cwd=ROOT, check=True)
     expected = (undisturbed / "done.safetensors").read_bytes()
     history = (undisturbed / "history.json").read_text()
     killed, chance = 0, random.Random(0)
@@ -565,7 +560,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(
         command = process(efficientnet, out, choices)
         kept = out / "kept"
         latest = max((file.name for file in kept.glob("*.json")), default="")
-        running = subprocess.Popen(command, env=environment, cwd=ROOT)
+        running = subprocess.Popen(command, cwd=ROOT)
         while running.poll() is None and max((f.name for f in kept.glob("*.json")), default="") <= latest:
             time.sleep(0.005)  # it has not got further yet
         time.sleep(chance.random() * 0.4)
@@ -575,7 +570,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(
         if (out / "done.safetensors").exists():  # it was faster than the kill: compare, and begin anew
             assert (out / "done.safetensors").read_bytes() == expected
             out = tmp_path / f"killed-{killed}"
-    subprocess.run(process(efficientnet, out, choices), env=environment, cwd=ROOT, check=True)
+    subprocess.run(process(efficientnet, out, choices), cwd=ROOT, check=True)
     assert (out / "done.safetensors").read_bytes() == expected
     assert (out / "history.json").read_text() == history
 
@@ -590,15 +585,12 @@ def test_teaching_that_is_killed_ends_with_the_same_bits(
     examples.write_cameras_project(tmp_path, teach=True, epochs=1)
     chosen, layout = examples.prepared(tmp_path, "cameras")
     script = (
-        "import torch\n"
         "from headstart import finetuning, recipe, training\n"
         "from headstart.layout import Layout\n"
         "from pathlib import Path\n"
-        "torch.set_num_threads(1)\n"
         "finetuning.SECONDS_BETWEEN, finetuning.SHARE_OF_TIME = 0.0, float('inf')\n"
         "training.train(recipe.load('recipes/cameras.yaml'), Layout(Path.cwd(), 'cameras'))\n"
     )
-    # With the threads of this process, which goes on with it: a sum of two halves has other bits than one.
     running = subprocess.Popen([sys.executable, "-c", script])
     while running.poll() is None and not [*layout.work.glob("train/*-taught/*2.json")]:
         time.sleep(0.002)
@@ -637,7 +629,6 @@ from headstart import packs
 from headstart.classifiers import Classifier
 from headstart.finetuning import Labels, Tuning
 from headstart.recipe import Features, Train
-torch.set_num_threads(1)
 n = int(sys.argv[2])
 classifier = Classifier(Path(sys.argv[1]), Features(packed=True), Train(method="fine_tune", epochs=1), 2)
 truth = np.arange(n) % 2
@@ -652,21 +643,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, now)
     peaks = []
     for rows in (512, 2_048, 8_192):
         command = [sys.executable, "-c", script, str(efficientnet), str(rows), str(tmp_path / "pixels.npy")]
-        done = subprocess.run(
-            command, env={**os.environ, **THREADS}, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append([int(kib) / 1024 for kib in done.stdout.split()[-2:]])
     assert (np.ptp(peaks, axis=0) < 45).all(), peaks
 
 
-@pytest.mark.slow
+@pytest.mark.long  # tests/test_launching.py has it as a user sees it
 def test_two_processes_take_the_same_steps_as_one(efficientnet: Path, tmp_path: Path) -> None:
     choices = Train(**QUICK | {"dropout": 0.0, "class_weight": None})
-    environment = {**os.environ, **THREADS}
     one, two = tmp_path / "one", tmp_path / "two"
-    subprocess.run(process(efficientnet, one, choices), env=environment, cwd=ROOT, check=True)
+    subprocess.run(process(efficientnet, one, choices), cwd=ROOT, check=True)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run(process(efficientnet, two, choices, *launch), env=environment, cwd=ROOT, check=True)
+    subprocess.run(process(efficientnet, two, choices, *launch), cwd=ROOT, check=True)
     alone, together = (json.loads((out / "history.json").read_text()) for out in (one, two))
     assert (alone["processes"], together["processes"]) == (1, 2)
     for key in ("loss", "accuracy", "gradient_norm"):

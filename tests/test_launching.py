@@ -13,7 +13,7 @@ import pytest
 
 from headstart import environment, launching
 from tests import examples
-from tests.conftest import Project, clone
+from tests.conftest import Project, Ran
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launching")]
 
@@ -40,13 +40,11 @@ def write_recipe(project: Project, **train: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, session_environment: dict[str, str]) -> Project:
-    """An image project that two processes have trained."""
-    project = clone(tmp_path_factory.mktemp("photos") / "project", session_environment)
-    examples.write_image_project(project.root)
+def trained(photos: Ran, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project whose model for images two processes have trained."""
+    project = photos.project.copy(tmp_path_factory.mktemp("launched") / "project")
     write_recipe(project)
-    project.ok("headstart", "ingest", "recipes/photos.yaml")
-    project.ok("dvc", "repro", extra=TWO)
+    project.ok("dvc", "repro", "train@photos", extra=TWO)
     return project
 
 

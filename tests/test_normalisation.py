@@ -21,7 +21,6 @@ from headstart.fitting import Tuned
 from headstart.recipe import Features, Train, load
 from tests import cached, examples, tuning
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 OPTIONS = Features(layers=["layer1", "layer2"])  # what comes after these does not run
 

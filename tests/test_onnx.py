@@ -27,7 +27,7 @@ TEXTS = [*versions.TEXTS, "bright", "", LONG]
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(one_thread: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(devices.DEVICE, "cpu")
     monkeypatch.chdir(tmp_path)
 

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from headstart import precision
 from headstart.precision import Arithmetic, choose, converted, folded
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Network(nn.Module):
     """Convolutions with BatchNorm that sees only small differences between nearly constant pictures."""

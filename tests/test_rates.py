@@ -18,8 +18,6 @@ from headstart.recipe import Train
 from tests import tuning
 from tests.test_cli import ROOT, headstart
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:

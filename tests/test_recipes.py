@@ -76,8 +76,9 @@ def test_bert_runs_as_it_ships_from_a_mirror_of_the_hub(project: Project, tmp_pa
 
 
 def test_the_readmes_recipes_and_predictions_work_on_ones_own_data_as_they_stand(
-    project: Project, tmp_path: Path
+    project: Project, tmp_path: Path, served: dict[str, str]
 ) -> None:
+    project.environment = served
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = {
         match[2]: match[1]

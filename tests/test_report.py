@@ -90,10 +90,7 @@ def test_rows_of_many_classes_in_many_domains_are_counted_in_totals() -> None:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Recipe, Layout]]]:
     """A text project with a hostile class, hostile texts and wrong labels; and an image project."""
-    import torch
-
-    threads, here = torch.get_num_threads(), Path.cwd()
-    torch.set_num_threads(1)
+    here = Path.cwd()
     root = tmp_path_factory.mktemp("reported")
     (root / "recipes").mkdir()
     examples.write_text_project(root, rows=360)
@@ -130,7 +127,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[R
     report.write(*found["moved"])
     yield found
     os.chdir(here)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

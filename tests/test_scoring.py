@@ -35,7 +35,7 @@ ANSWERS = ["label", "p:good", "p:bad", "error"]
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(one_thread: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(devices.DEVICE, "cpu")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.chdir(tmp_path)

@@ -72,7 +72,7 @@ def test_too_few_rows_of_a_rare_class_do_not_make_a_head_lost() -> None:
     assert selection.choose(head, few, np.tile(abs(few), (2, 1)), "none")[0] == "information_maximisation"
 
 
-def test_a_head_that_is_lost_without_its_source_sees_rows_by_their_own_moments(one_thread: None) -> None:
+def test_a_head_that_is_lost_without_its_source_sees_rows_by_their_own_moments() -> None:
     chance = np.random.default_rng(0)
     truth = np.arange(400) % 2
     source = chance.normal(size=(400, 8)) + 2 * truth[:, None]

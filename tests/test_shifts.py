@@ -15,9 +15,6 @@ from headstart import shifts
 from headstart.class_shares import LabelShift, calibrated, label_shift
 from headstart.shifts import Interval, diagnose, location, mmd, most_separable, separability
 
-pytestmark = pytest.mark.usefixtures("one_thread_of_blas")
-
-
 # --- can the sides be told apart?
 
 

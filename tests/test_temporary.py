@@ -105,7 +105,7 @@ def test_a_proxy_is_not_asked_for_what_runs_here(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", ["by itself", "killed"])
+@pytest.mark.parametrize("ending", [pytest.param("by itself", marks=pytest.mark.long), "killed"])
 def test_the_server_answers_its_command_alone_and_ends_with_it(ending: str) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", STARTED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -125,7 +125,6 @@ def text_case(root: Path) -> tuple[Path, packs.Sentences, np.ndarray[Any, np.dty
 
 def main(weights: Path, out: Path, choices: Train) -> None:
     """Train, saving after every step, and write what came out."""
-    torch.set_num_threads(1)
     finetuning.SECONDS_BETWEEN = 0.0
     finetuning.SHARE_OF_TIME = float("inf")
     tuning = case(weights, choices, work=out)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import MutableMapping
 from pathlib import Path
 
 from headstart import environment, processes
@@ -53,24 +54,27 @@ class Server:
     """A server that is starting; from now on this process's Prefect knows it.
 
     To be made before Prefect is imported, which reads its settings once.
+
+    Args:
+        environment: what it starts with, and where whoever is to ask it finds its address and password.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         self.api = f"http://127.0.0.1:{port}/api"
         command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
         options = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error", "--lifespan", "on"]
         # It writes where a later worker reads what to run: nobody else, such as a page in a browser, may ask.
-        os.environ["PREFECT_API_AUTH_STRING"] = secret = f"headstart:{secrets.token_urlsafe()}"
+        environment["PREFECT_API_AUTH_STRING"] = secret = f"headstart:{secrets.token_urlsafe()}"
         self.process = subprocess.Popen(
             [*command, *options],
-            env=SETTINGS | os.environ | {"PREFECT_SERVER_API_AUTH_STRING": secret},
+            env={**SETTINGS, **environment, "PREFECT_SERVER_API_AUTH_STRING": secret},
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches the command, whose last words it still has to hear
             preexec_fn=processes.die_with_parent,  # noqa: PLW1509  # calls nothing but the kernel
         )
-        os.environ["PREFECT_API_URL"] = self.api
+        environment["PREFECT_API_URL"] = self.api
         atexit.register(self.stop)  # by then Prefect's own threads have told it everything
 
     def wait(self) -> None:
