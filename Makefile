@@ -29,8 +29,7 @@ demo-loop: $(READY) ## another kind of cell, and of text, arrives without labels
 	$(BIN)/python benchmarks/closed_loop.py
 
 test: $(READY) ## run all tests but those of test-long: fast ones first, then slow ones
-	$(BIN)/pytest -m "not slow and not long" -n 2
-	$(BIN)/pytest -m "slow and not long" -n 2 --dist loadgroup --durations 20
+	$(BIN)/pytest -m "not long" -n 2 --dist loadgroup --durations 20
 
 test-fast: $(READY) ## run the fast tests only
 	$(BIN)/pytest -m "not slow and not long" -n 2

@@ -24,13 +24,13 @@ os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test of the project that takes a minute to make comes first, the others of them last.
+    """Fast tests come first, but for one of the project that takes minutes to make.
 
-    While one worker makes it, the other would only wait.
+    One worker makes it while another has something to do; later, both would wait for it.
     """
-    waiting = [item for item in items if "moods" in getattr(item, "fixturenames", ())]
-    waiting.sort(key=lambda item: "photos" not in item.fixturenames)  # type: ignore[attr-defined]
-    items[:] = [*waiting[:1], *(item for item in items if item not in waiting), *waiting[1:]]
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    first = next((item for item in items if "photos" in getattr(item, "fixturenames", ())), None)
+    items.sort(key=lambda item: item is not first)
 
 
 def isolated(folder: Path) -> dict[str, str]:
@@ -122,7 +122,7 @@ def session_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
 @pytest.fixture(scope="session")
 def served(session_environment: dict[str, str]) -> Iterator[dict[str, str]]:
     """The same with a Prefect server, which each command would else have to start for itself."""
-    environment = session_environment | {"PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    environment = session_environment.copy()
     server = temporary.Server(environment)
     server.wait()
     yield environment
@@ -172,11 +172,16 @@ def moods(tmp_path_factory: pytest.TempPathFactory, served: dict[str, str]) -> R
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory, served: dict[str, str], moods: Ran) -> Ran:
-    """The same with a model for images besides, ``photos``."""
+    """The same with a model for images besides, ``photos``, from the README's recipe."""
 
     def start(folder: Path) -> Project:
         project = moods.project.copy(folder)
         examples.write_image_project(project.root)
+        recipe = examples.recipe_of_the_readme(
+            "photos", "timm:test_efficientnet", "file:start/efficientnet.safetensors"
+        )
+        there = recipe.replace("file:~/photos", "file:start/photos")
+        (project.root / "recipes/photos.yaml").write_text(there, encoding="utf-8")
         return project
 
     return once(tmp_path_factory, served, "photos", start)

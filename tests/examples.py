@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,6 +108,17 @@ def write_recipe(path: Path, **blocks: object) -> None:
     path.write_text(
         "\n".join(f"{key}: {json.dumps(value)}" for key, value in (defaults | blocks).items()) + "\n"
     )
+
+
+def recipe_of_the_readme(name: str, backbone: str, source: str) -> str:
+    """A recipe as the README shows it, with weights from elsewhere: its own come from a package index."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    shown = re.search(rf"^```yaml\n(# headstart run recipes/{name}\.yaml\n.*?)^```$", readme, re.M | re.S)
+    assert shown
+    fetch = f"fetch:\n  backbone: {backbone}\n  source: {source}\n"
+    text, count = re.subn(r"^fetch:\n(  .*\n)+", fetch, shown[1], flags=re.M)
+    assert count == 1
+    return text
 
 
 def write_text_project(root: Path, name: str = "moods", rows: int = 240) -> None:

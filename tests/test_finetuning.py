@@ -575,7 +575,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(
     assert (out / "history.json").read_text() == history
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_teaching_that_is_killed_ends_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,7 +66,13 @@ def test_an_exported_text_model_says_what_the_model_says(options: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"views": 8}, {"layers": ["blocks.1", "blocks.3"]}], ids=["", "views", "layers"]
+    "options",
+    [
+        pytest.param({}, id=""),
+        pytest.param({"views": 2}, id="views"),
+        pytest.param({"views": 8}, id="all views", marks=pytest.mark.long),
+        pytest.param({"layers": ["blocks.1", "blocks.3"]}, id="layers"),
+    ],
 )
 def test_an_exported_image_model_says_what_the_model_says(options: dict[str, Any], tmp_path: Path) -> None:
     version = versions.read(versions.write_images_version(tmp_path, **options))

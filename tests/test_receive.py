@@ -17,9 +17,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("receive")]
 
 
 @pytest.fixture(scope="module")
-def validated(tmp_path_factory: pytest.TempPathFactory, session_environment: dict[str, str]) -> Project:
+def validated(tmp_path_factory: pytest.TempPathFactory, served: dict[str, str]) -> Project:
     """A text project whose source is validated, with a remote."""
-    project = clone(tmp_path_factory.mktemp("receive") / "project", session_environment)
+    project = clone(tmp_path_factory.mktemp("receive") / "project", served)
     examples.write_text_project(project.root)
     recipe = project.root / "recipes/moods.yaml"
     recipe.write_text(recipe.read_text().replace('moods.csv"}', 'moods.csv", "settle": 0.5}', 1))

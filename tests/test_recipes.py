@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from tests import examples
-from tests.conftest import ROOT, Project
+from tests.conftest import ROOT, Project, Ran
 from tests.servers import Loopback, offer, serving
 
 pytestmark = pytest.mark.slow
@@ -76,35 +76,20 @@ def test_bert_runs_as_it_ships_from_a_mirror_of_the_hub(project: Project, tmp_pa
 
 
 def test_the_readmes_recipes_and_predictions_work_on_ones_own_data_as_they_stand(
-    project: Project, tmp_path: Path, served: dict[str, str]
+    photos: Ran, tmp_path: Path
 ) -> None:
-    project.environment = served
+    """That of images has run, where it was made; here the one of texts does."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = {
-        match[2]: match[1]
-        for match in re.finditer(
-            r"^```yaml\n(# headstart run recipes/(\w+)\.yaml\n.*?)^```$", readme, re.M | re.S
-        )
-    }
-    home = tmp_path / "home"
-    for folder, count, seed in (("photos", 30, 0), ("new-photos", 2, 1)):
-        examples.write_images(home / folder, count, seed=seed)
+    project, home = photos.project.copy(tmp_path / "project"), tmp_path / "home"
+    examples.write_images(home / "new-photos", 2, seed=1)
     for file, rows in (("tickets.csv", 240), ("new.csv", 4)):
         examples.write_texts(home / file, rows)
         table = pd.read_csv(home / file).rename(columns={"mood": "queue", "shop": "country"})
         table.assign(customer=table.index).to_csv(home / file, index=False)
-    examples.write_efficientnet(home / "efficientnet.safetensors")
-    examples.write_bert(home / "bert")
-    # Those of the README come from a package index.
-    weights = {
-        "photos": "  backbone: timm:test_efficientnet\n  source: file:~/efficientnet.safetensors",
-        "tickets": "  backbone: transformers:bert\n  source: file:~/bert",
-    }
-    for name, source in weights.items():
-        text, count = re.subn(r"^fetch:\n(  .*\n)+", f"fetch:\n{source}\n", shown[name], flags=re.M)
-        assert count == 1
-        (project.root / f"recipes/{name}.yaml").write_text(text, encoding="utf-8")
-        project.ok("headstart", "run", f"recipes/{name}.yaml", extra={"HOME": str(home)})
+    tickets = examples.recipe_of_the_readme("tickets", "transformers:bert", "file:start/bert")
+    (project.root / "recipes/tickets.yaml").write_text(tickets, encoding="utf-8")
+    project.ok("headstart", "run", "recipes/tickets.yaml", extra={"HOME": str(home)})
+    for name in ("photos", "tickets"):
         command = re.search(rf"^headstart predict {name} .*$", readme, re.M)
         assert command
         project.ok("sh", "-c", command[0], extra={"HOME": str(home)})

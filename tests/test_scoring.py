@@ -653,9 +653,9 @@ def test_a_kill_half_way_leaves_the_earlier_output(suffix: str, texts_folder: Pa
 )
 def test_ten_times_the_rows_take_no_more_memory(suffix: str, texts_folder: Path, tmp_path: Path) -> None:
     peaks = []
-    for rows in (4_000, 40_000):
-        # What is kept of all rows at once, 3 kB of each, would be 108 MB more.
-        table = pa.table({"text": ["a delight"] * rows, "notes": [f"{i:3000}" for i in range(rows)]})
+    for rows in (2_000, 20_000):
+        # What is kept of all rows at once, 6 kB of each, would be 108 MB more.
+        table = pa.table({"text": ["a delight"] * rows, "notes": [f"{i:6000}" for i in range(rows)]})
         path = tmp_path / f"rows{suffix}"
         if suffix == ".parquet":
             pq.write_table(table, path, row_group_size=rows, compression="none", use_dictionary=False)

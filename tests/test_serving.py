@@ -403,7 +403,13 @@ def test_one_clients_broken_image_is_not_another_clients_trouble(
 
 
 @slow
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(signal.SIGTERM, id="SIGTERM"),
+        pytest.param(signal.SIGINT, id="Ctrl-C", marks=pytest.mark.long),
+    ],
+)
 def test_it_stops_cleanly_and_leaves_no_process(project: Project, how: int) -> None:
     with serve(project, "moods") as server:
         assert server.rows({"text": PRAISE}).status_code == 200
@@ -529,7 +535,8 @@ def test_an_image_given_to_the_page_gets_a_label_bars_and_an_overlay(
         page.wait_for_selector("#drop", state="visible")
         give(page, pictures[0])
         page.wait_for_selector("#map", state="visible")
-        page.wait_for_function("document.getElementById('map').naturalWidth == 64")
+        width = page.locator("#map").evaluate("map => map.decode().then(() => map.naturalWidth)")
+        assert width == 160  # as the network sees it
         assert page.locator("#label").inner_text() == "dark"
         assert set(shares(page)) == {"dark", "light"}
         assert page.locator("#map").bounding_box() == page.locator("#shown").bounding_box()

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from headstart import environment, temporary
+from headstart.errors import HeadstartError
 
 STARTED = """
 from headstart import temporary
@@ -128,3 +129,30 @@ def test_the_server_answers_its_command_alone_and_ends_with_it(ending: str) -> N
     while server.is_running() and server.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_start_says_why_in_a_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    home = str(tmp_path / "file" / "prefect")
+    server = temporary.Server(os.environ | {"PREFECT_HOME": home})
+    with pytest.raises(HeadstartError, match="unable to open database file") as error:
+        server.wait()
+    assert home in str(error.value)
+    assert len(str(error.value).splitlines()) == 3
+    server.stop()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_what_a_server_says_while_it_runs_is_passed_on_at_its_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; print('a warning', file=sys.stderr)")
+    server = temporary.Server(os.environ | {"PYTHONPATH": str(tmp_path)})
+    server.wait()
+    assert capfd.readouterr().err == ""
+    server.stop()
+    assert capfd.readouterr().err == "a warning\n"

@@ -10,10 +10,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import MutableMapping
@@ -25,8 +27,9 @@ from headstart.errors import HeadstartError
 PATIENCE = 120.0  # seconds to answer in
 GRACE = 5.0  # seconds to end in
 TICK = 0.05
-# As Prefect starts it, and without what looks after schedules, workers and other people's runs.
+# As Prefect starts it, but without what phones home, or looks after schedules, workers and others' runs.
 SETTINGS = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "0",
     "PREFECT_UI_ENABLED": "0",
     "PREFECT__SERVER_EPHEMERAL": "1",
     "PREFECT__SERVER_FINAL": "1",
@@ -67,10 +70,13 @@ class Server:
         options = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error", "--lifespan", "on"]
         # It writes where a later worker reads what to run: nobody else, such as a page in a browser, may ask.
         environment["PREFECT_API_AUTH_STRING"] = secret = f"headstart:{secrets.token_urlsafe()}"
+        self.home = environment.get("PREFECT_HOME", "~/.prefect")
+        self.log, self.read = tempfile.TemporaryFile(), 0  # noqa: SIM115  # as long as the server
         self.process = subprocess.Popen(
             [*command, *options],
             env={**SETTINGS, **environment, "PREFECT_SERVER_API_AUTH_STRING": secret},
             stdin=subprocess.DEVNULL,
+            stderr=self.log,
             start_new_session=True,  # Ctrl-C reaches the command, whose last words it still has to hear
             preexec_fn=processes.die_with_parent,  # noqa: PLW1509  # calls nothing but the kernel
         )
@@ -88,15 +94,26 @@ class Server:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.api}/health", timeout=5):  # noqa: S310
                 return
             if self.process.poll() is not None or time.monotonic() > deadline:
-                ended = (
-                    f"ended with {self.process.returncode}" if self.process.returncode else "does not answer"
-                )
                 raise HeadstartError(
-                    f"the Prefect server for this command {ended}",
-                    where=self.api,
-                    do="see what it said above, or name a running server: PREFECT_API_URL",
+                    f"the Prefect server for this command does not start: {self._reason()}",
+                    where=f"PREFECT_HOME {self.home}",
+                    do="see that this folder can be written and prefect.db in it is of no newer Prefect, "
+                    "or name a running server: PREFECT_API_URL",
                 )
             time.sleep(TICK)
+
+    def _reason(self) -> str:
+        """The last error that it named, of a hundred lines and more that lead to it."""
+        said = self._said()
+        named = re.findall(r"^[\w.]+(?:Error|Exception): .*$", said, re.MULTILINE)
+        return (named or said.split("\n")[-1:])[-1] or f"no answer at {self.api}"
+
+    def _said(self) -> str:
+        """What it has said on stderr since this was last asked."""
+        file = self.log.fileno()
+        new = os.pread(file, os.fstat(file).st_size - self.read, self.read)  # leaves alone where it writes on
+        self.read += len(new)
+        return new.decode(errors="replace")
 
     def stop(self) -> None:
         """End it."""
@@ -106,3 +123,4 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        sys.stderr.write(self._said())
