@@ -24,13 +24,15 @@ os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests come first, but for one of the project that takes minutes to make.
+    """Fast tests come first, and those of whole runs before other slow ones: what ends last should be short.
 
-    One worker makes it while another has something to do; later, both would wait for it.
+    But the very first is one of the project that takes minutes to make: one worker makes it while another has
+    something to do. Later, both would wait for it.
     """
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
-    first = next((item for item in items if "photos" in getattr(item, "fixturenames", ())), None)
-    items.sort(key=lambda item: item is not first)
+    names = {item: getattr(item, "fixturenames", ()) for item in items}
+    slow = {item for item in items if item.get_closest_marker("slow")}
+    first = next((item for item in items if "photos" in names[item]), None)
+    items.sort(key=lambda item: (item is not first, item in slow, "served" not in names[item]))
 
 
 def isolated(folder: Path) -> dict[str, str]:

@@ -60,6 +60,9 @@ def fill(uri: str, versions: int) -> None:
 
 def in_child(work: Callable[[], None]) -> int:
     """Run something in a process of its own, and return how it ended."""
+    import mlflow.store.model_registry.sqlalchemy_store  # here, or each child would take seconds for it
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
     child = FORK.Process(target=work)
     child.start()
     child.join(120)

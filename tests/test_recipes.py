@@ -76,11 +76,12 @@ def test_bert_runs_as_it_ships_from_a_mirror_of_the_hub(project: Project, tmp_pa
 
 
 def test_the_readmes_recipes_and_predictions_work_on_ones_own_data_as_they_stand(
-    photos: Ran, tmp_path: Path
+    photos: Ran, session_environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """That of images has run, where it was made; here the one of texts does."""
+    """That of images has run, where it was made; here the one of texts does, with a server of its own."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    project, home = photos.project.copy(tmp_path / "project"), tmp_path / "home"
+    home, project = tmp_path / "home", photos.project.copy(tmp_path / "project")
+    project.environment = session_environment
     examples.write_images(home / "new-photos", 2, seed=1)
     for file, rows in (("tickets.csv", 240), ("new.csv", 4)):
         examples.write_texts(home / file, rows)

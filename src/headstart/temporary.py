@@ -106,7 +106,7 @@ class Server:
         """The last error that it named, of a hundred lines and more that lead to it."""
         said = self._said()
         named = re.findall(r"^[\w.]+(?:Error|Exception): .*$", said, re.MULTILINE)
-        return (named or said.split("\n")[-1:])[-1] or f"no answer at {self.api}"
+        return (named or said.strip().split("\n"))[-1] or f"no answer at {self.api}"
 
     def _said(self) -> str:
         """What it has said on stderr since this was last asked."""
