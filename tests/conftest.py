@@ -178,7 +178,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory, served: dict[str, str], moo
 
     def start(folder: Path) -> Project:
         project = moods.project.copy(folder)
-        examples.write_image_project(project.root)
+        examples.write_images(project.root / "start/photos")
+        examples.write_efficientnet(project.root / "start/efficientnet.safetensors")
         recipe = examples.recipe_of_the_readme(
             "photos", "timm:test_efficientnet", "file:start/efficientnet.safetensors"
         )

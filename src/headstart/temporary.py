@@ -27,9 +27,8 @@ from headstart.errors import HeadstartError
 PATIENCE = 120.0  # seconds to answer in
 GRACE = 5.0  # seconds to end in
 TICK = 0.05
-# As Prefect starts it, but without what phones home, or looks after schedules, workers and others' runs.
+# As Prefect starts it, and without what looks after schedules, workers and other people's runs.
 SETTINGS = {
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "0",
     "PREFECT_UI_ENABLED": "0",
     "PREFECT__SERVER_EPHEMERAL": "1",
     "PREFECT__SERVER_FINAL": "1",
@@ -59,28 +58,29 @@ class Server:
     To be made before Prefect is imported, which reads its settings once.
 
     Args:
-        environment: what it starts with, and where whoever is to ask it finds its address and password.
+        variables: the environment that it starts with, and in which whoever asks it finds its address and
+            password.
     """
 
-    def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:
+    def __init__(self, variables: MutableMapping[str, str] = os.environ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         self.api = f"http://127.0.0.1:{port}/api"
         command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
         options = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error", "--lifespan", "on"]
         # It writes where a later worker reads what to run: nobody else, such as a page in a browser, may ask.
-        environment["PREFECT_API_AUTH_STRING"] = secret = f"headstart:{secrets.token_urlsafe()}"
-        self.home = environment.get("PREFECT_HOME", "~/.prefect")
+        variables["PREFECT_API_AUTH_STRING"] = secret = f"headstart:{secrets.token_urlsafe()}"
+        self.home = variables.get("PREFECT_HOME", "~/.prefect")
         self.log, self.read = tempfile.TemporaryFile(), 0  # noqa: SIM115  # as long as the server
         self.process = subprocess.Popen(
             [*command, *options],
-            env={**SETTINGS, **environment, "PREFECT_SERVER_API_AUTH_STRING": secret},
+            env={**environment.QUIET, **SETTINGS, **variables, "PREFECT_SERVER_API_AUTH_STRING": secret},
             stdin=subprocess.DEVNULL,
             stderr=self.log,
             start_new_session=True,  # Ctrl-C reaches the command, whose last words it still has to hear
             preexec_fn=processes.die_with_parent,  # noqa: PLW1509  # calls nothing but the kernel
         )
-        environment["PREFECT_API_URL"] = self.api
+        variables["PREFECT_API_URL"] = self.api
         atexit.register(self.stop)  # by then Prefect's own threads have told it everything
 
     def wait(self) -> None:
