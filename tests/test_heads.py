@@ -74,6 +74,25 @@ def test_the_answer_does_not_depend_on_the_start() -> None:
     assert cold.probabilities(x) == pytest.approx(warm.probabilities(x), abs=1e-3)
 
 
+def test_while_scipy_looks_for_the_head_its_blas_keeps_to_one_thread_and_numpys_to_all() -> None:
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    def threads() -> dict[str, int]:
+        return {Path(pool["filepath"]).parent.name: pool["num_threads"] for pool in threadpool_info()}
+
+    seen = []
+
+    def bowl(at: Any) -> tuple[float, Any]:
+        seen.append(threads())
+        return float(at @ at), 2 * at
+
+    with threadpool_limits(2):
+        assert heads.minimised(bowl, np.array([3.0, -4.0])) == pytest.approx([0, 0], abs=1e-6)
+        assert {pools["scipy.libs"] for pools in seen} == {1}
+        assert {pools["numpy.libs"] for pools in seen} == {2}
+        assert threads()["scipy.libs"] == 2
+
+
 def test_more_dimensions_than_rows_are_no_problem() -> None:
     chance = np.random.default_rng(0)
     x, truth = chance.normal(size=(40, 200)).astype(np.float16), np.arange(40) % 2

@@ -23,6 +23,7 @@ from headstart.heads import (
     check,
     fit,
     log_softmax,
+    minimised,
     moments,
     row_blocks,
     standardised,
@@ -325,8 +326,6 @@ def _descended(
     source: Source, target: Features, known: Known, to: Mapper, l2: float, *, penalty: Penalty
 ) -> Head:
     """The head of ``fitted``, moved to lower a penalty on the target's logits as well."""
-    from scipy.optimize import minimize
-
     maps = to(source.features, target)
     from_target = maps[1]
     labelled, targets, weights = _labelled(source, target, known, maps)
@@ -356,14 +355,8 @@ def _descended(
         return value, np.concatenate([(((slope + l2 * weight) @ axes) * stretch).ravel(), slope_bias])
 
     first = start.weight / start.scale.astype(np.float64)
-    flat = minimize(
-        loss,
-        np.concatenate([((first @ axes) / stretch).ravel(), start.bias - first @ start.mean]),
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": STEPS, "maxcor": 20, "gtol": 1e-6, "ftol": 1e-8},
-    ).x
-    weight, bias = head_of(flat)
+    at_first = np.concatenate([((first @ axes) / stretch).ravel(), start.bias - first @ start.mean])
+    weight, bias = head_of(minimised(loss, at_first, STEPS))
     return Head(weight.astype(np.float32), bias.astype(np.float32), from_target.mean, from_target.scale)
 
 

@@ -6,15 +6,19 @@ features into probabilities. Never reads a manifest or knows what a class is cal
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headstart.metrics import Floats, cross_entropies
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
 
 Singles = NDArray[np.float32]
 Features = NDArray[np.floating[Any]]
@@ -147,8 +151,6 @@ def _path(
     start: Head | None = None,
 ) -> Iterator[Head]:
     """One head per penalty, each started from the one before."""
-    from scipy.optimize import minimize
-
     check(features, targets, weights, penalties)
     k, d = targets.shape[1], features.shape[1]
     shares = weights / weights.sum()
@@ -175,17 +177,50 @@ def _path(
         weight, bias = start.weight.astype(np.float64), start.bias.astype(np.float64)
     for penalty in penalties:
         stretch = 1 / np.sqrt(spread / 4 + penalty)
-        flat = minimize(
+        at = partial(loss, penalty=penalty, stretch=stretch)
+        flat = minimised(at, np.concatenate([((weight @ axes) / stretch).ravel(), bias]))
+        weight, bias = (flat[: k * d].reshape(k, d) * stretch) @ axes.T, flat[k * d :]
+        yield Head(weight.astype(np.float32), bias.astype(np.float32), mean, scale)
+
+
+def minimised(loss: Callable[[Floats], tuple[float, Floats]], start: Floats, steps: int = 1000) -> Floats:
+    """Where a smooth loss is least, by L-BFGS (Liu & Nocedal 1989).
+
+    scipy computes between two calls of ``loss``, with a BLAS of its own beside numpy's. Each has a thread for
+    every core, which goes on waiting for work at full speed: on two cores they took eight times as long as
+    they should over a few thousand rows, and twice over ten thousand. So scipy's keeps to one thread, which
+    is enough for its few vectors.
+
+    Args:
+        loss: its value and gradient, float64[n], at a point, float64[n].
+        start: the point to start from.
+        steps: at most so many.
+    """
+    from scipy.optimize import minimize
+
+    with _blas_of_scipy().limit(limits=1):
+        found: Floats = minimize(
             loss,
-            np.concatenate([((weight @ axes) / stretch).ravel(), bias]),
-            args=(penalty, stretch),
+            start,
             jac=True,
             method="L-BFGS-B",
             # Beyond 8 digits the loss is float32 noise, in which a line search only loses its way.
-            options={"maxiter": 1000, "maxcor": 20, "gtol": 1e-6, "ftol": 1e-8},
+            options={"maxiter": steps, "maxcor": 20, "gtol": 1e-6, "ftol": 1e-8},
         ).x
-        weight, bias = (flat[: k * d].reshape(k, d) * stretch) @ axes.T, flat[k * d :]
-        yield Head(weight.astype(np.float32), bias.astype(np.float32), mean, scale)
+    return found
+
+
+@cache
+def _blas_of_scipy() -> ThreadpoolController:
+    """The BLAS that scipy's wheels bring along; none where it shares one with numpy."""
+    import scipy.optimize  # noqa: F401  # what is not loaded yet is not found
+    from threadpoolctl import ThreadpoolController
+
+    loaded = ThreadpoolController()
+    paths = [library["filepath"] for library in loaded.info()]
+    # site-packages/scipy.libs/libscipy_openblas.so; on a Mac site-packages/scipy/.dylibs/libopenblas.dylib
+    own = [path for path in paths if any(name.startswith("scipy") for name in Path(path).parts[-3:-1])]
+    return loaded.select(filepath=own)
 
 
 class _Standardised:
