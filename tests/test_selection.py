@@ -18,7 +18,6 @@ def test_what_is_done_depends_on_the_shift_and_on_whether_the_head_is_lost() -> 
     held_out = np.linspace(-1, 1, 100)[:, None]
     for moved, kind, size, method in (
         (0.6, "features", 0.5, "consensus"),
-        (0.6, "features", 0.75, "self_training"),  # as far from the boundary as the source's, on average
         (0.6, "none", 0.5, "source_only"),
         (0.6, "labels", 0.5, "source_only"),
         (0.8, "features", 0.5, "information_maximisation"),
@@ -30,9 +29,11 @@ def test_what_is_done_depends_on_the_shift_and_on_whether_the_head_is_lost() -> 
         assert found == method
         if method != "source_only":
             assert f"names a class {1 - moved:.2f} times as often" in reason
-        if method in {"consensus", "self_training"}:
-            told = float(reason.split("apart by ")[1].split()[0])
-            assert told == pytest.approx(size * (1 + moved**2), abs=0.02)
+    for location, method in ((0.8, "consensus"), (0.9, "information_maximisation")):
+        found, reason = selection.choose(head, held_out, held_out / 2, "features", location)
+        assert found == method
+        assert ("90% of the shift is location and scale" in reason) == (location == 0.9)
+        assert selection.choose(head, held_out, held_out / 2, "none", location)[0] == "source_only"
     # A class that the source never named says nothing.
     assert selection.choose(head, held_out + 2, held_out, "features")[0] == "consensus"
 
@@ -45,7 +46,7 @@ def test_classes_that_a_target_merely_lacks_do_not_make_a_head_lost(classes: int
     )
     held_out = np.tile(np.eye(classes), (40, 1))
     lacking = held_out[held_out[:, :2].any(axis=1)]
-    for kind, method in (("none", "source_only"), ("features", "self_training")):
+    for kind, method in (("none", "source_only"), ("features", "consensus")):
         found, reason = selection.choose(head, held_out, lacking, kind)
         assert found == method
         assert "lost" not in reason
@@ -65,7 +66,7 @@ def test_too_few_rows_of_a_rare_class_do_not_make_a_head_lost() -> None:
         here, there = (np.where(chance.random((size, 1)) < 0.05, 1.0, -1.0) for _ in range(2))
         assert selection.choose(head, here, there, "none")[0] == "source_only"
     few = np.array([[1.0], [-1.0]] * 8)
-    for kind, method in (("none", "source_only"), ("features", "self_training")):
+    for kind, method in (("none", "source_only"), ("features", "consensus")):
         found, reason = selection.choose(head, few, abs(few), kind)
         assert found == method
         assert kind == "none" or "too few to tell whether the head is lost" in reason

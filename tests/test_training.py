@@ -494,6 +494,19 @@ def test_a_few_labels_of_the_target_are_learned_from_and_never_predicted(tmp_pat
     assert set(pd.read_parquet(layout.model / "predictions.parquet")["split"]) == {"val", "test"}
 
 
+@pytest.mark.parametrize(("way", "held"), [("consensus", True), ("standardisation", False)])
+def test_what_follows_the_sources_head_is_held_back_as_much_as_it_is(
+    tmp_path: Path, way: str, held: bool
+) -> None:
+    layout, _ = cached.shifted(tmp_path)
+    sizes = {}
+    for l2 in (10.0, adaptation.PENALTY, adaptation.PENALTY / 100):
+        train(cached.adapting(adaptation=way, l2=[l2]), layout)
+        sizes[l2] = np.abs(Head.load(layout.model / "head.safetensors").weight).sum()
+    assert (sizes[10.0] < sizes[adaptation.PENALTY] / 2) == held
+    assert sizes[adaptation.PENALTY / 100] == sizes[adaptation.PENALTY]
+
+
 def test_enough_labels_of_the_target_choose_the_way(tmp_path: Path) -> None:
     layout, truth = cached.shifted(tmp_path)
     given_back(layout, truth, 29)

@@ -74,7 +74,12 @@ def adapted(
     if way.method != "source_only" or len(known):
         given = np.searchsorted(sides.target, known), targets[known]
         head = adaptation.adapt(
-            way.method, labelled, target, adaptation.PENALTY, seed=choices.seed, known=given
+            way.method,
+            labelled,
+            target,
+            adaptation.penalty_of(way.method, _least(source)),
+            seed=choices.seed,
+            known=given,
         )
     held_out = source.examples.features[val], examples.truth[val]
     moved = way.method in adaptation.MOVING
@@ -117,12 +122,17 @@ def _way(  # noqa: PLR0917  # two domains
     if choices.adaptation:
         return Way(choices.adaptation, "named in the recipe", "recipe")
     features, known = source.examples.features, sides.known
-    first = selection.choose(source.head, features[sides.val], target, shift.kind)
+    first = selection.choose(source.head, features[sides.val], target, shift.kind, shift.location)
     if len(known) < selection.KNOWN_ENOUGH:
         return Way(*first, "shift")
     truth = source.examples.truth[known]
-    best = selection.best_on(features[known], truth, source.head, labelled, target, first)
+    best = selection.best_on(features[known], truth, source.head, labelled, target, first, _least(source))
     return Way(*best, "labels")
+
+
+def _least(source: Frozen | Tuned) -> float:
+    """The penalty that the source's own rows ask for; that of a tuned backbone's first head says nothing."""
+    return source.penalty if isinstance(source, Frozen) else adaptation.PENALTY
 
 
 def taught(  # noqa: PLR0917  # as ``fit``, and the teacher
@@ -262,7 +272,12 @@ class Adapted:
         labelled = _labelled(examples, sides.train, *labels(examples, self.choices, sides.train))
         target = examples.features[sides.target]
         return selection.candidates(
-            self.source.head, labelled, target, self.way.method, seed=self.choices.seed
+            self.source.head,
+            labelled,
+            target,
+            self.way.method,
+            least=_least(self.source),
+            seed=self.choices.seed,
         )
 
     @property

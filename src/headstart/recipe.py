@@ -212,6 +212,7 @@ Adaptation = Literal[
     "importance_weighting",
     "information_maximisation",
     "minimum_class_confusion",
+    "unmoved_class_confusion",
     "self_training",
     "standardised_self_training",
     "consensus",

@@ -68,9 +68,9 @@ DECIDED = {
     "recipe": "The recipe names the way; none of these figures decided.",
     "labels": "The labelled rows of the target decided, and of equals what the shift asks for. Only "
     "information_maximisation, consensus, source_only and what the shift asks for could be chosen.",
-    "shift": "The kind of the shift decided, with how much source_only names besides one class, and how sure "
-    "it is. None of these figures decided alone, and only information_maximisation, consensus, "
-    "self_training and source_only could be chosen.",
+    "shift": "The kind of the shift decided, with how much source_only names besides one class. None of "
+    "these figures decided alone, and only information_maximisation, consensus and source_only could be "
+    "chosen.",
 }
 ACTIONS = {
     "promoted": ("yes", "✓", "Promoted"),
