@@ -57,8 +57,6 @@ MEMBERS = {
 # lines than the classes. By tuned features of texts all have at least 0.91 on the same seeds; by frozen ones
 # those that lose more than two points have 0.83 and less.
 FOLLOWS = 0.9
-NEIGHBOURS = 10  # 5 and 30 do the same
-AMONG = 5000  # target rows that neighbours are looked for among, at most, as pairs are many
 TOWARDS = 0.25  # of the way from its own boundary of two classes to where the target's rows part
 KNOWN_SHARE = 0.1  # weight of all known target rows together, by the source's
 
@@ -445,36 +443,20 @@ def confusion_loss(logits: Floats) -> tuple[float, Floats]:
 
 
 def consensus(source: Source, target: Features, known: Known, to: Mapper, l2: float) -> Head:
-    """What the ``MEMBERS`` say together of each row, and of its neighbours; see ``agreed``."""
-    heads = {name: _head(name, source, target, known, l2) for name in MEMBERS}
-    return agreed(heads, source, target, l2, known)
+    """What the ``MEMBERS`` say together; see ``agreed``."""
+    return agreed({name: _head(name, source, target, known, l2) for name in MEMBERS}, target)
 
 
-def agreed(
-    heads: Mapping[str, Head], source: Source, target: Features, l2: float, known: Known = None
-) -> Head:
-    """The consensus of the ``MEMBERS`` on these rows.
+def agreed(heads: Mapping[str, Head], target: Features) -> Head:
+    """The consensus of the ``MEMBERS``, by name, on these rows.
 
     The mean of their logits, as the ``MEMBERS`` are weighed: they err in different ways, so gains of each are
-    smaller, and losses more so. The boundary between two classes then moves a quarter of the way to where the
-    rows part by themselves, the ``crossing`` of their scores, as all inherit some of the source's shares.
-
-    Rows that lie close together are mostly of one class, and errors average out over them (Yang et al. 2021,
-    "Exploiting the intrinsic neighborhood structure for source-free domain adaptation", arXiv:2110.04202). So
-    a further head is fitted to the source and to target rows as their neighbours are called, and has half of
-    the say.
-
-    What no longer puts the rows nearly in the order in which ``source_only`` does has no say.
-
-    Args:
-        heads: by name, all of the ``MEMBERS``.
-        source: labelled rows.
-        target: [m, d].
-        l2: as of ``adapt``.
-        known: likewise.
+    smaller, and losses more so. What no longer puts the rows nearly in the order in which ``source_only``
+    does has no say. The boundary between two classes then moves a quarter of the way to where the rows part
+    by themselves, the ``crossing`` of their scores, as all inherit some of the source's shares.
     """
     order = heads["source_only"].logits(target)
-    first = averaged(
+    head = averaged(
         [
             head
             for name, head in heads.items()
@@ -482,31 +464,10 @@ def agreed(
             if name == "source_only" or _correlation(head.logits(target), order) >= FOLLOWS
         ]
     )
-    if len(first.bias) == 2:
-        moved = (
-            TOWARDS * crossing(np.diff(first.logits(target), axis=1)[:, 0]) / 2
-        )  # each logit by half of it
-        first = replace(first, bias=first.bias + np.array([moved, -moved], np.float32))
-    around = _around(first, source, target, known, l2)
-    return averaged([first, around]) if _correlation(around.logits(target), order) >= FOLLOWS else first
-
-
-def _around(head: Head, source: Source, target: Features, known: Known, l2: float) -> Head:
-    """A head fitted to the source, and to target rows as ``head`` calls their neighbours."""
-    maps = unmoved(source.features, target)
-    labelled, targets, weights = _labelled(source, target, known, maps)
-    rest = target if known is None else np.delete(target, known[0], axis=0)
-    if len(rest) < 2:
+    if len(head.bias) != 2:
         return head
-    rows = rest[np.unique(np.linspace(0, len(rest) - 1, AMONG).astype(np.int64))]
-    called = np.exp(log_softmax(_of_neighbours(rows, head.logits(rows))))
-    found = fit(
-        np.concatenate([labelled, maps[1](rows)]),
-        np.concatenate([targets, called]),
-        np.concatenate([weights, np.full(len(rows), source.weights.sum() / len(rows))]),
-        l2,
-    )
-    return maps[1].folded(found)
+    moved = TOWARDS * crossing(np.diff(head.logits(target), axis=1)[:, 0]) / 2  # each logit by half of it
+    return replace(head, bias=head.bias + np.array([moved, -moved], np.float32))
 
 
 def _correlation(logits: Floats, other: Floats) -> float:
@@ -515,18 +476,6 @@ def _correlation(logits: Floats, other: Floats) -> float:
         x - x.mean(axis=1, keepdims=True) - x.mean(axis=0, keepdims=True) + x.mean() for x in (logits, other)
     )
     return float((mine * theirs).sum() / max(np.linalg.norm(mine) * np.linalg.norm(theirs), TINY))
-
-
-def _of_neighbours(rows: Features, logits: Floats) -> Floats:
-    """The mean logits [n, k] of the ``NEIGHBOURS`` of each row [n, d], by the cosine of standardised rows."""
-    unit = scaling(rows)(rows)
-    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), TINY)
-    count, found = min(NEIGHBOURS, len(rows) - 1), np.empty_like(logits)
-    for block in row_blocks((len(rows), len(rows))):
-        alike = unit[block] @ unit.T
-        alike[np.arange(len(alike)), np.arange(block.start, block.stop)] = -np.inf
-        found[block] = logits[np.argpartition(-alike, count - 1, axis=1)[:, :count]].mean(axis=1)
-    return found
 
 
 def crossing(scores: Floats) -> float:

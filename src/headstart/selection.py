@@ -135,9 +135,7 @@ def candidates(
         for method in METHODS
         if method not in left_out
     }
-    made["consensus"] = agreed(
-        {name: made[name] for name in MEMBERS}, few, target[theirs], penalty_of("consensus", least)
-    )
+    made["consensus"] = agreed({name: made[name] for name in MEMBERS}, target[theirs])
     return made | {"source_only": head}
 
 
