@@ -46,7 +46,7 @@ ROUNDS = 5  # of self-training
 CURVE_STEPS = 100  # of expectation and maximisation
 NARROWEST = 0.01  # a curve, by the deviation of all scores: a few equal scores are no class
 # Of the consensus, and how much each has to say. Texts (seeds 800 and 801) gain as much if all four have the
-# same, and half a point less in the pair that gains least.
+# same, and 0.4 points less in the pair that gains least.
 MEMBERS = {
     "source_only": 1,
     "self_training": 1,
@@ -55,7 +55,7 @@ MEMBERS = {
 }
 # Correlation of a member's logits with those of ``source_only`` below which it parts the rows along other
 # lines than the classes. By tuned features of texts all have at least 0.91 on the same seeds; by frozen ones
-# those that lose more than two points have 0.83 and less.
+# the class confusions that lose more than two points have 0.83 and less.
 FOLLOWS = 0.9
 TOWARDS = 0.25  # of the way from its own boundary of two classes to where the target's rows part
 KNOWN_SHARE = 0.1  # weight of all known target rows together, by the source's

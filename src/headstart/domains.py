@@ -122,7 +122,7 @@ def _way(  # noqa: PLR0917  # two domains
     if choices.adaptation:
         return Way(choices.adaptation, "named in the recipe", "recipe")
     features, known = source.examples.features, sides.known
-    first = selection.choose(source.head, features[sides.val], target, shift.kind, shift.location)
+    first = selection.choose(source.head, features[sides.val], target, shift.kind)
     if len(known) < selection.KNOWN_ENOUGH:
         return Way(*first, "shift")
     truth = source.examples.truth[known]

@@ -23,9 +23,6 @@ LOST = 0.3
 # Of so many rows that should be named them, chance leaves less than ``LOST`` once in 360 times (Poisson); of
 # five, once in 25. Fewer say nothing.
 EXPECTED = 10
-# Of shifts between kinds of cells 0.84 and more is location and scale, of those between kinds of text 0.80
-# and less, by frozen features and by tuned ones.
-NEARLY_ALL = 0.82
 # Of expected accuracies over pairs of domains (seeds 100 and 101): too high on average, and by so much more
 # or less in four of five pairs.
 OPTIMISM, SPREAD = 0.04, 0.09
@@ -36,9 +33,7 @@ COMPARED = 2000  # rows of a side that candidates are made from, to be compared
 SLOW, WIDE = ("optimal_transport", "importance_weighting", "standardised_self_training"), 512
 
 
-def choose(
-    head: Head, held_out: Features, target: Features, kind: str, location: float = np.nan
-) -> tuple[str, str]:
+def choose(head: Head, held_out: Features, target: Features, kind: str) -> tuple[str, str]:
     """A method and the reason for it, without a target label.
 
     Hands off where other class shares explain the shift, or nobody can tell whether they do: the head is then
@@ -46,16 +41,14 @@ def choose(
     is lost in a target that has moved as a whole names hardly anything but one class:
     ``information_maximisation`` looks for the classes anew, even where groups are too few for a test to show
     anything. That one class of several is missing there shows nothing of the kind, and neither do rows too
-    few to tell. Any other head is left alone if no shift is shown. If nearly all of the shift is location and
-    scale, which standardising undoes, classes are looked for anew too; else the head is followed, by
-    ``consensus``. docs/explanation/results.md has the figures.
+    few to tell. Any other head is left alone if no shift is shown, and else followed, by ``consensus``.
+    docs/explanation/results.md has the figures.
 
     Args:
         head: the source's.
         held_out: [n, d], source rows that it was not fitted to.
         target: [m, d].
         kind: of the shift, as ``shifts.diagnose`` finds it.
-        location: likewise; NaN if it is unknown.
     """
     if kind == "labels":
         return "source_only", "other class shares explain the shift, so the classes look as they did"
@@ -72,12 +65,6 @@ def choose(
         return "information_maximisation", f"{how}: less than {LOST}, so it is lost"
     if kind == "none":
         return "source_only", "the features are not shown to have shifted, so there is nothing to mend"
-    if location >= NEARLY_ALL:
-        return (
-            "information_maximisation",
-            f"{how}, and {location:.0%} of the shift is location and scale: at least {NEARLY_ALL:.0%}, so "
-            "classes are looked for by each domain's own",
-        )
     return "consensus", f"the features have moved, but {how}: it is worth following"
 
 
