@@ -18,6 +18,7 @@ def test_what_is_done_depends_on_the_shift_and_on_whether_the_head_is_lost() -> 
     held_out = np.linspace(-1, 1, 100)[:, None]
     for moved, kind, size, method in (
         (0.6, "features", 0.5, "consensus"),
+        (0.6, "features", 0.75, "consensus"),  # as far from the boundary as the source's, on average
         (0.6, "none", 0.5, "source_only"),
         (0.6, "labels", 0.5, "source_only"),
         (0.8, "features", 0.5, "information_maximisation"),

@@ -296,18 +296,11 @@ def information_maximisation(source: Source, target: Features, known: Known, to:
 def minimum_class_confusion(source: Source, target: Features, known: Known, to: Mapper, l2: float) -> Head:
     """Classes told apart on the target, in whatever shares: ``confusion_loss`` beside cross-entropy.
 
-    Start, space, penalty and factor are those of ``information_maximisation``.
+    Penalty and factor are those of ``information_maximisation``. From the head of ``standardisation`` it
+    undoes a shift, and takes other class shares for a part of it; as ``unmoved_class_confusion`` it starts
+    from the source's own head, in its own space, and does neither.
     """
     return _descended(source, target, known, to, l2, penalty=lambda logits, prior: confusion_loss(logits))
-
-
-def unmoved_class_confusion(source: Source, target: Features, known: Known, to: Mapper, l2: float) -> Head:
-    """``minimum_class_confusion`` from the source's own head, in its own space.
-
-    Standardising a domain by its own moments takes other class shares for a part of the shift; this does not,
-    and finds less where there is a shift to undo.
-    """
-    return minimum_class_confusion(source, target, known, to, l2)
 
 
 def self_training(source: Source, target: Features, known: Known, to: Mapper, l2: float) -> Head:
@@ -456,14 +449,12 @@ def agreed(heads: Mapping[str, Head], target: Features) -> Head:
     by themselves, the ``crossing`` of their scores, as all inherit some of the source's shares.
     """
     order = heads["source_only"].logits(target)
-    head = averaged(
-        [
-            head
-            for name, head in heads.items()
-            for _ in range(MEMBERS[name])
-            if name == "source_only" or _correlation(head.logits(target), order) >= FOLLOWS
-        ]
-    )
+    heard = [
+        name
+        for name, head in heads.items()
+        if name == "source_only" or _correlation(head.logits(target), order) >= FOLLOWS
+    ]
+    head = averaged([heads[name] for name in heard], [MEMBERS[name] for name in heard])
     if len(head.bias) != 2:
         return head
     moved = TOWARDS * crossing(np.diff(head.logits(target), axis=1)[:, 0]) / 2  # each logit by half of it
@@ -502,13 +493,12 @@ def crossing(scores: Floats) -> float:
     return float(between[np.abs(np.diff(curves(between), axis=1)[:, 0]).argmin()])
 
 
-def averaged(heads: Sequence[Head]) -> Head:
-    """The head whose logits are the mean of these heads' logits."""
+def averaged(heads: Sequence[Head], shares: Sequence[float]) -> Head:
+    """The head whose logits are the mean of these heads' logits, weighted by their ``shares``."""
     first = heads[0]
-    weight = np.mean([head.weight / head.scale.astype(np.float64) for head in heads], axis=0)
-    bias = np.mean(
-        [head.bias - (head.weight / head.scale) @ head.mean.astype(np.float64) for head in heads], axis=0
-    )
+    weights = [head.weight / head.scale.astype(np.float64) for head in heads]
+    biases = [head.bias - (head.weight / head.scale) @ head.mean.astype(np.float64) for head in heads]
+    weight, bias = (np.average(arrays, axis=0, weights=shares) for arrays in (weights, biases))
     return Head(
         (weight * first.scale).astype(np.float32),
         (bias + weight @ first.mean).astype(np.float32),
@@ -537,7 +527,7 @@ METHODS = {
     "importance_weighting": Method(unmoved, source_only, density_ratio),
     "information_maximisation": Method(standardisation, information_maximisation),
     "minimum_class_confusion": Method(standardisation, minimum_class_confusion),
-    "unmoved_class_confusion": Method(unmoved, unmoved_class_confusion),
+    "unmoved_class_confusion": Method(unmoved, minimum_class_confusion),
     "self_training": Method(unmoved, self_training),
     "standardised_self_training": Method(standardisation, self_training),
     "consensus": Method(unmoved, consensus),
